@@ -1,0 +1,33 @@
+# Names for one-line commands. `make train` on a fresh machine installs and trains.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train install test check bench clean
+
+train: install
+	$(BIN)/longaxon train experiment=quickstart
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: .venv/installed-dev
+	$(BIN)/pytest
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/longaxon bench suite=train_step out=runs/bench-train_step.json
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

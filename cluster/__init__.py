@@ -1,0 +1,1 @@
+"""Processes and machines, and the command that starts them."""

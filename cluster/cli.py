@@ -1,0 +1,97 @@
+"""The `longaxon` command: each verb is a Hydra application over conf/<verb>.yaml.
+
+Config errors end with exit code 2 and one line, before any process or device is touched.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cluster import verbs
+from cluster.env import apply_environment
+from cluster.errors import describe
+
+WRONG_CONFIG, INTERRUPTED = 2, 130
+
+VERBS: dict[str, tuple[Callable[[dict[str, Any]], int], str]] = {
+    "train": (verbs.train, "train a model; the same command continues a run that was cut short"),
+    "evaluate": (verbs.evaluate, "loss of a run's checkpoint on its validation documents"),
+    "generate": (verbs.generate, "stream text from a run's checkpoint"),
+    "report": (verbs.report, "write report.json and report.html of a run directory"),
+    "export": (verbs.export, "write a checkpoint's weights as safetensors"),
+    "bench": (verbs.bench, "measure, next to a peer where there is one"),
+}
+
+QUIET = (
+    "hydra.run.dir=.",
+    "hydra.sweep.dir=.",
+    "hydra.sweep.subdir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
+"""The run directory is ours; Hydra writes none."""
+
+
+def main() -> None:
+    """Run the verb named on the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run `longaxon <arguments>` and return the exit code."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    for noisy in ("DeepSpeed", "alembic", "mlflow", "httpx", "datasets", "filelock", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else WRONG_CONFIG
+    if arguments[0] not in VERBS:
+        print(f"longaxon: no verb {arguments[0]!r}\n{_usage()}", file=sys.stderr)
+        return WRONG_CONFIG
+    verb, *overrides = arguments
+    apply_environment({"HYDRA_FULL_ERROR": "1"})  # errors come here instead of Hydra's exit
+    try:
+        return _run_verb(verb, overrides)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        print(f"longaxon {verb}: {describe(error, verb)}", file=sys.stderr)
+        return WRONG_CONFIG
+    except KeyboardInterrupt:
+        print(f"longaxon {verb}: interrupted; the same command continues", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run_verb(verb: str, overrides: list[str]) -> int:
+    """Compose the verb's config and run it (each job of it, with --multirun)."""
+    codes = []
+
+    @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=verb)
+    def job(config: DictConfig) -> None:
+        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        assert isinstance(tree, dict)
+        codes.append(VERBS[verb][0](tree))
+
+    quiet = [] if _asks_hydra(overrides) else list(QUIET)
+    sys.argv = [f"longaxon {verb}", *quiet, *overrides]
+    job()
+    return max(codes, default=0)
+
+
+def _asks_hydra(overrides: list[str]) -> bool:
+    return any(o in ("--help", "-h", "--hydra-help", "--version") for o in overrides)
+
+
+def _usage() -> str:
+    lines = [f"  {verb:10s}{text}" for verb, (_, text) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: longaxon <verb> [key=value ...]     (longaxon <verb> --help lists the keys)",
+            *lines,
+        ]
+    )

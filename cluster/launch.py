@@ -1,0 +1,67 @@
+"""Get the ranks of a training run: this process, ranks that exist already, or Ray workers."""
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from cluster.env import apply_environment, rank_environment
+from conf.schema import Config
+from parallel.mesh import World, read_world
+from trainer.accelerator import Accelerator
+from trainer.checkpoint import CheckpointStore, CheckpointWriteError
+
+logger = logging.getLogger(__name__)
+
+DONE, FAILED = 0, 3
+
+
+def launch(config: Config, accelerator: Accelerator) -> int:
+    """Run a checked config on the ranks of its launcher; return the exit code."""
+    apply_environment(rank_environment(accelerator.deepspeed_name))
+    if config.launcher.name == "ray":
+        from cluster.ray_launcher import launch_on_ray
+
+        return launch_on_ray(config, accelerator)
+    world = World(0, 1, 0) if config.launcher.name == "inline" else read_world()
+    return run_rank(config, accelerator, world)
+
+
+def run_rank(config: Config, accelerator: Accelerator, world: World) -> int:
+    """Train as one rank of the world; return the exit code."""
+    threads = config.run.num_threads or max(1, (os.cpu_count() or 1) // world.local_size)
+    torch.set_num_threads(threads)
+    # Imported here: the checks that come before must be quick, and DeepSpeed reads the environment.
+    from parallel.comm import broadcast_object
+    from parallel.mesh import close_mesh, init_mesh
+    from trainer.loop import RunFailed, Trainer
+
+    device = accelerator.device(world.local_rank)
+    mesh = init_mesh(world, device, accelerator.backend, config.parallel.timeout_seconds)
+    run_dir = broadcast_object(config.run.dir, mesh)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=run_dir))
+    trainer = None
+    try:
+        trainer = Trainer(config, mesh, accelerator)
+        trainer.fit()
+    except (RunFailed, CheckpointWriteError) as error:
+        logger.error("%s", error)
+        if trainer is not None:
+            trainer.recorder.fail(interrupted=False)
+        return FAILED
+    except BaseException as error:
+        if trainer is not None:
+            trainer.recorder.fail(interrupted=isinstance(error, KeyboardInterrupt))
+        raise
+    finally:
+        close_mesh()
+    return DONE
+
+
+def last_checkpoint(config: Config) -> str:
+    """Return the newest complete checkpoint of a run, for messages."""
+    store = CheckpointStore(Path(str(config.run.dir)) / "checkpoints", config.checkpoint.keep)
+    steps = store.steps()
+    return str(store.folder / f"step_{steps[-1]:08d}") if steps else "none was written"

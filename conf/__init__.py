@@ -1,0 +1,1 @@
+"""Hydra groups (YAML) and their typed schema. No logic beyond validation."""

@@ -1,0 +1,213 @@
+"""The causal language model: embedding, a loop over the layer list, norm and head."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from conf.schema import LayerConfig, ModelConfig, OpsConfig, SpikeConfig
+from models.cache import MixerCache
+from models.layers import Projection, RMSNorm, SwiGLU
+from models.mixers import Mixer
+from ops.cross_entropy import linear_cross_entropy
+from parallel.recompute import run_recomputed
+from parallel.sequence import SequenceContext
+
+
+class Embedding(nn.Module):
+    """Look up token vectors in a given compute dtype."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.dtype = dtype
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.embedding(tokens, self.weight).to(self.dtype)
+
+
+class Head(Projection):
+    """The vocabulary projection and its loss, which never holds all logits."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, impl: str | None) -> None:
+        super().__init__(hidden_size, vocab_size)
+        self.impl = impl
+
+    def forward(
+        self, x: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Return logits, or with labels (summed loss, number of labels that count)."""
+        weight = self.weight.to(x.dtype)
+        if labels is None:
+            return F.linear(x, weight)
+        loss_sum, num_valid = linear_cross_entropy(x, weight, labels, impl=self.impl)
+        return loss_sum, num_valid
+
+
+class ParallelMixers(nn.Module):
+    """One mixer, or several on the same input whose normalised outputs are summed (eq. 6)."""
+
+    def __init__(self, mixers: dict[str, Mixer], hidden_size: int, norm_eps: float) -> None:
+        super().__init__()
+        self.branches = nn.ModuleDict(mixers)
+        parallel = len(mixers) > 1
+        self.kind = "parallel" if parallel else next(iter(mixers.values())).kind
+        self.norms = nn.ModuleDict(
+            {name: RMSNorm(hidden_size, norm_eps) for name in mixers} if parallel else {}
+        )
+
+    def named_branches(self) -> Iterator[tuple[str, Mixer]]:
+        for name, mixer in self.branches.items():
+            assert isinstance(mixer, Mixer)
+            yield name, mixer
+
+    def _sum(self, outs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if len(outs) == 1:
+            return next(iter(outs.values()))
+        return torch.stack([self.norms[name](out) for name, out in outs.items()]).sum(0)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: SequenceContext,
+        cache: dict[str, MixerCache] | None = None,
+    ) -> torch.Tensor:
+        outs = {
+            name: mixer(x, context, None if cache is None else cache[name])
+            for name, mixer in self.named_branches()
+        }
+        return self._sum(outs)
+
+    def decode(self, x: torch.Tensor, cache: dict[str, MixerCache], position: int) -> torch.Tensor:
+        return self._sum(
+            {name: m.decode(x, cache[name], position) for name, m in self.named_branches()}
+        )
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(
+        self, layer: LayerConfig, config: ModelConfig, spike: SpikeConfig, ops: OpsConfig
+    ) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.norm_eps
+        mixers = {n: config.mixers[n].build(size, eps, spike, ops) for n in layer.mixers}
+        self.mixer_norm = RMSNorm(size, eps)
+        self.mixer = ParallelMixers(mixers, size, eps)
+        self.ffn_norm = RMSNorm(size, eps)
+        self.ffn = SwiGLU(config.ffns[layer.ffn], size, spike, ops.spike)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: SequenceContext,
+        cache: dict[str, MixerCache] | None = None,
+        recompute: str = "none",
+    ) -> torch.Tensor:
+        x = x + self.mixer(self.mixer_norm(x), context, cache)
+        if recompute == "selective":
+            return x + run_recomputed(lambda h: self.ffn(self.ffn_norm(h)), x)
+        return x + self.ffn(self.ffn_norm(x))
+
+    def decode(self, x: torch.Tensor, cache: dict[str, MixerCache], position: int) -> torch.Tensor:
+        x = x + self.mixer.decode(self.mixer_norm(x), cache, position)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class CausalLM(nn.Module):
+    """A language model built from a layer list.
+
+    Args:
+        config: the architecture.
+        spike: spiking of the inputs of every projection but the head.
+        ops: pins of operator implementations.
+        dtype: compute dtype; parameters are float32.
+        recompute: none, selective (FFNs) or full (layers) in the backward pass.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        spike: SpikeConfig,
+        ops: OpsConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        recompute: str = "none",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.ops = ops
+        self.recompute = recompute
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.layers = nn.ModuleList(
+            Layer(layer, config, spike, ops) for layer in layer_list(config)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = Head(config.hidden_size, config.vocab_size, ops.cross_entropy)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def forward(
+        self, tokens: torch.Tensor, labels: torch.Tensor, context: SequenceContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the summed loss in nats (float32) and the number of labels that count (int64).
+
+        Args:
+            tokens: int64 [1, T], this rank's tokens of packed documents.
+            labels: int64 [1, T], the token that follows each, -100 where none.
+        """
+        x = self.embed(tokens)
+        for layer in self.layers:
+            if self.recompute == "full":
+                x = run_recomputed(layer, x, context)
+            else:
+                x = layer(x, context, None, self.recompute)
+        return self.head(self.norm(x), labels)  # type: ignore[no-any-return]
+
+    def new_cache(self) -> list[dict[str, MixerCache]]:
+        """Return an empty decoding cache: per layer, one entry per mixer."""
+        return [
+            {name: mixer.new_cache() for name, mixer in layer.mixer.named_branches()}
+            for layer in self.layers
+        ]
+
+    def prefill(
+        self, tokens: torch.Tensor, context: SequenceContext, cache: list[dict[str, MixerCache]]
+    ) -> torch.Tensor:
+        """Read a prompt [1, T] into an empty cache; return the last token's logits [1, vocab]."""
+        x = self.embed(tokens)
+        for layer, entry in zip(self.layers, cache, strict=True):
+            x = layer(x, context, entry)
+        return self.head(self.norm(x[:, -1]))  # type: ignore[no-any-return]
+
+    def decode(
+        self, token: torch.Tensor, cache: list[dict[str, MixerCache]], position: int
+    ) -> torch.Tensor:
+        """Return the logits [B, vocab] that follow `token` [B, 1] at `position`."""
+        x = self.embed(token)
+        for layer, entry in zip(self.layers, cache, strict=True):
+            assert isinstance(layer, Layer)
+            x = layer.decode(x, entry, position)
+        return self.head(self.norm(x[:, -1]))  # type: ignore[no-any-return]
+
+    def reset_parameters(self, seed: int) -> None:
+        """Draw initial weights; they depend on the seed alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            std = self.config.init_std
+            out_std = std / (2 * self.config.num_layers) ** 0.5
+            nn.init.normal_(self.embed.weight, std=std)
+            if not self.config.tie_embeddings:
+                self.head.reset(std)
+            for layer in self.layers:
+                assert isinstance(layer, Layer)
+                for _, mixer in layer.mixer.named_branches():
+                    mixer.reset(std, out_std)
+                layer.ffn.reset(std, out_std)
+
+
+def layer_list(config: ModelConfig) -> list[LayerConfig]:
+    """Return the `num_layers` layers: the configured list, repeated in order."""
+    return [config.layers[i % len(config.layers)] for i in range(config.num_layers)]

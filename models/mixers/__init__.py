@@ -1,0 +1,61 @@
+"""Token mixers, one file each; the file holds the mixer's config class and its module."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from conf.schema import OpsConfig, SpikeConfig
+from models.cache import MixerCache
+from parallel.sequence import SequenceContext
+
+
+class MixerConfig(Protocol):
+    """What a mixer's config offers; each is a strict frozen dataclass in its own file."""
+
+    def build(
+        self, hidden_size: int, norm_eps: float, spike: SpikeConfig, ops: OpsConfig
+    ) -> "Mixer":
+        """Make the module."""
+        ...
+
+
+class Mixer(nn.Module, ABC):
+    """Mixes tokens of `[1, T, E]` within each document of the context's layout."""
+
+    kind: str
+    """Name in reports: linear_attention, window_attention, full_attention ..."""
+
+    @abstractmethod
+    def forward(
+        self, x: torch.Tensor, context: SequenceContext, cache: MixerCache | None = None
+    ) -> torch.Tensor:
+        """Mix this rank's tokens.
+
+        Args:
+            x: [1, T, E] normalised hidden states.
+            cache: an empty cache to fill with what decoding needs of one document (a prompt).
+        """
+
+    @abstractmethod
+    def decode(self, x: torch.Tensor, cache: MixerCache, position: int) -> torch.Tensor:
+        """Mix one token `x` [B, 1, E] at `position` with what `cache` holds, and add it there."""
+
+    @abstractmethod
+    def new_cache(self) -> MixerCache:
+        """Return an empty cache."""
+
+    @abstractmethod
+    def reset(self, std: float, out_std: float) -> None:
+        """Draw initial weights; `out_std` for the projection that writes to the residual."""
+
+    @abstractmethod
+    def mixing_flops(self, doc_lengths: Sequence[int], *, hardware: bool = False) -> float:
+        """Return the forward FLOPs beyond the projections (section 5 of the FLOP definition).
+
+        Args:
+            doc_lengths: tokens of each document.
+            hardware: count what the kernels spend rather than what the model defines.
+        """

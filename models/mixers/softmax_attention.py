@@ -1,0 +1,105 @@
+"""Softmax attention with rotary embedding and grouped heads, full or within a window."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
+
+from conf.schema import STRICT, OpsConfig, PositiveFloat, PositiveInt, SpikeConfig
+from models.cache import KeyValueCache, MixerCache
+from models.layers import Projection, rotary
+from models.mixers import Mixer
+from models.spiking import SpikeEncoder
+from parallel.sequence import SequenceContext, attention
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SoftmaxAttentionConfig:
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    window_size: PositiveInt | None
+    """A query sees this many keys, its own included; null: all before it."""
+    rope_theta: PositiveFloat | None
+    """Base of the rotary embedding; null: none."""
+    qkv_bias: bool
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}; "
+                f"num_kv_heads=1 and {self.num_heads} do"
+            )
+        if self.rope_theta is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for rotary embedding")
+
+    def build(
+        self, hidden_size: int, norm_eps: float, spike: SpikeConfig, ops: OpsConfig
+    ) -> "SoftmaxAttention":
+        return SoftmaxAttention(self, hidden_size, spike, ops)
+
+
+class SoftmaxAttention(Mixer):
+    """Eq. 1 (full) and 2 (window) of arXiv:2509.05276."""
+
+    def __init__(
+        self, config: SoftmaxAttentionConfig, hidden_size: int, spike: SpikeConfig, ops: OpsConfig
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.kind = "full_attention" if config.window_size is None else "window_attention"
+        q_size, kv_size = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+        self.encode_in = SpikeEncoder(spike, ops.spike)
+        self.encode_out = SpikeEncoder(spike, ops.spike)
+        self.q_proj = Projection(hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = Projection(hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = Projection(hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = Projection(q_size, hidden_size)
+
+    def _project(
+        self, x: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return rotated q [B, T, H, D], k and v [B, T, H_kv, D]."""
+        encoded = self.encode_in(x)
+        split = (*x.shape[:2], -1, self.config.head_dim)
+        q, k, v = (p(encoded).view(split) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.config.rope_theta is not None:
+            q = rotary(q, position_ids, self.config.rope_theta)
+            k = rotary(k, position_ids, self.config.rope_theta)
+        return q, k, v
+
+    def forward(
+        self, x: torch.Tensor, context: SequenceContext, cache: MixerCache | None = None
+    ) -> torch.Tensor:
+        q, k, v = self._project(x, context.layout.position_ids())
+        if isinstance(cache, KeyValueCache):
+            cache.fill(k, v)
+        out = attention(q, k, v, context, window_size=self.config.window_size)
+        return self.o_proj(self.encode_out(out.flatten(2)))
+
+    def decode(self, x: torch.Tensor, cache: MixerCache, position: int) -> torch.Tensor:
+        assert isinstance(cache, KeyValueCache), "softmax attention decodes with its own cache"
+        q, k, v = self._project(x, torch.tensor([position], device=x.device))
+        keys, values = cache.append(k, v)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), enable_gqa=True
+        )
+        return self.o_proj(self.encode_out(out.transpose(1, 2).flatten(2)))
+
+    def new_cache(self) -> KeyValueCache:
+        return KeyValueCache(self.config.window_size)
+
+    def reset(self, std: float, out_std: float) -> None:
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            projection.reset(std)
+        self.o_proj.reset(out_std)
+
+    def mixing_flops(self, doc_lengths: Sequence[int], *, hardware: bool = False) -> float:
+        pairs = 0
+        for length in doc_lengths:
+            w = min(self.config.window_size or length, length)
+            pairs += length * w - w * (w - 1) // 2
+        flops = 4.0 * self.config.num_heads * self.config.head_dim * pairs
+        # The backward pass computes the scores again: 7 products instead of 6 over all.
+        return flops * 7 / 6 if hardware else flops

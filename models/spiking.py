@@ -1,0 +1,95 @@
+"""Spiking of a projection's input (spec: eq. 19-21 of arXiv:2509.05276) and its statistics."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from conf.schema import SpikeConfig
+from ops.spike import spike_count
+
+MAX_COUNT = 255
+"""Counts above this one are binned with it."""
+SAMPLED_TOKENS = 128
+"""Tokens of a forward pass, evenly spaced, that statistics are taken from."""
+
+
+class Spikes(NamedTuple):
+    """An activation as counts: it stands for `count * threshold`."""
+
+    count: torch.Tensor
+    """[..., channels], signed integers in the compute dtype."""
+    threshold: torch.Tensor
+    """[..., 1] float32."""
+
+
+Activation = torch.Tensor | Spikes
+
+
+class SpikeEncoder(nn.Module):
+    """Turn the input of one or several projections into spikes; the identity when disabled."""
+
+    def __init__(self, config: SpikeConfig, impl: str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.impl = impl
+        self.histogram: torch.Tensor | None = None
+        """float64 [MAX_COUNT + 1]: how often each |count| occurred since `take_histogram`."""
+
+    def forward(self, x: torch.Tensor) -> Activation:
+        if not self.config.enabled:
+            return x
+        count, threshold = spike_count(x, self.config.k, impl=self.impl)
+        if self.training:
+            self._observe(count.detach())
+        return Spikes(count, threshold)
+
+    def take_histogram(self) -> torch.Tensor:
+        """Return the counts seen since the last call and start afresh."""
+        assert self.histogram is not None, "the encoder has not run in training mode"
+        histogram, self.histogram = self.histogram, None
+        return histogram
+
+    def _observe(self, count: torch.Tensor) -> None:
+        rows = count.reshape(-1, count.shape[-1])
+        rows = rows[:: max(1, rows.shape[0] // SAMPLED_TOKENS)]
+        sizes = rows.abs().nan_to_num(posinf=MAX_COUNT).clamp(max=MAX_COUNT).long().flatten()
+        histogram = torch.bincount(sizes, minlength=MAX_COUNT + 1).double()
+        self.histogram = histogram if self.histogram is None else self.histogram + histogram
+
+
+def spike_encoders(model: nn.Module) -> dict[str, SpikeEncoder]:
+    """Return the model's enabled spike encoders by module name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SpikeEncoder) and module.config.enabled
+    }
+
+
+def spike_statistics(histogram: torch.Tensor) -> dict[str, float | list[float]]:
+    """Summarise a histogram of |count| (section 2 of the reference numbers in the README).
+
+    Args:
+        histogram: [MAX_COUNT + 1] occurrences of each |count|.
+
+    Returns:
+        share_silent; mean_spikes, E[popcount |s|]; sparsity with 3 time steps, 1 - E[popcount] / 3,
+        over all counts and over counts within 7; share_within_7; share_above_16; and the shares of
+        |s| = 0..15 and of 16 and more.
+    """
+    histogram = histogram.double().cpu()
+    share = histogram / histogram.sum().clamp(min=1)
+    popcount = torch.tensor([n.bit_count() for n in range(len(share))], dtype=torch.float64)
+    mean_spikes = float(share @ popcount)
+    within = share[:8]
+    within_spikes = float(within @ popcount[:8] / within.sum().clamp(min=1e-12))
+    return {
+        "share_silent": float(share[0]),
+        "mean_spikes": mean_spikes,
+        "sparsity_all": 1 - mean_spikes / 3,
+        "sparsity_within_7": 1 - within_spikes / 3,
+        "share_within_7": float(within.sum()),
+        "share_above_16": float(share[17:].sum()),
+        "histogram": [*share[:16].tolist(), float(share[16:].sum())],
+    }

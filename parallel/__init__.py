@@ -1,0 +1,1 @@
+"""Who holds which tokens and parameters, and how they move. Knows no model class."""

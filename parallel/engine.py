@@ -1,0 +1,225 @@
+"""The training engine: DeepSpeed owns the optimizer step (ZeRO 0-3, offload) on float32 parameters.
+
+Gradients are averaged by DeepSpeed over all ranks, so a loss that is to be a mean over the global
+tokens is scaled by world_size / global token count before `backward`.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import deepspeed
+import deepspeed.comm
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
+from torch import nn
+
+from conf.schema import OptimConfig, ParallelConfig
+from parallel.ledger import Ledger
+from parallel.mesh import Mesh
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Engine:
+    """A model and its optimizer under DeepSpeed."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        parallel: ParallelConfig,
+        optim: OptimConfig,
+        mesh: Mesh,
+        grad_accum_steps: int,
+        micro_batch_size: int,
+    ) -> None:
+        self.zero_stage = parallel.zero_stage
+        self.max_grad_norm = optim.max_grad_norm
+        self.mesh = mesh
+        self.model = model
+        self._comm_seconds: dict[str, float] = {}
+        # Its shared-memory collective compiles for half a minute at first use; gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(verbose=False)
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=_deepspeed_config(parallel, optim, mesh, grad_accum_steps, micro_batch_size),
+            dist_init_required=False,
+        )
+        if self.zero_stage in (1, 2):
+            # float32 is not checked by default; a non-finite norm must leave the weights alone.
+            self._engine.optimizer.check_grad_overflow = True
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the model's forward pass."""
+        return self._engine(*inputs)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradient of `loss`; the `last` micro batch of a step reduces over the ranks."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self._engine.step()  # counts the micro batch, applies nothing
+
+    def step(self, lr: float) -> tuple[float, bool]:
+        """Clip and apply the gradients, unless one is not finite; every rank must call.
+
+        Returns:
+            The global L2 norm of the gradient before clipping, and whether weights were updated.
+        """
+        for group in self._basic_optimizer().param_groups:
+            group["lr"] = lr
+        norm = math.nan
+        if self.zero_stage == 0:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            total = torch.nn.utils.get_total_norm(gradients, foreach=True)
+            norm = float(total)
+            if not math.isfinite(norm):
+                self.model.zero_grad(set_to_none=True)
+            elif norm > self.max_grad_norm:
+                torch._foreach_mul_(gradients, self.max_grad_norm / (norm + 1e-6))
+        self._engine.step()
+        if self.zero_stage > 0:
+            norm = float(self._engine.get_global_grad_norm() or 0.0)
+            if getattr(self._engine.optimizer, "overflow", False):
+                norm = math.inf
+        return norm, math.isfinite(norm)
+
+    def absorb_communication(self, ledger: Ledger) -> None:
+        """Move what DeepSpeed sent since the last call into the ledger's dp axis."""
+        log = deepspeed.comm.comm.comms_logger.comms_dict
+        for operation, sizes in log.items():
+            factor = _bytes_sent_factor(operation, self.mesh.dp_size)
+            # The latencies are readings of one running timer per operation, in milliseconds.
+            elapsed = max((max(record[1]) for record in sizes.values()), default=0.0) / 1000
+            seconds = elapsed - self._comm_seconds.get(operation, 0.0)
+            self._comm_seconds[operation] = elapsed
+            num_bytes = sum(size * record[0] for size, record in sizes.items())
+            calls = sum(record[0] for record in sizes.values())
+            ledger.record("dp", operation, int(num_bytes * factor), seconds, calls)
+        log.clear()
+
+    def full_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Yield every parameter's name and its float32 value and moments, whole.
+
+        A collective under ZeRO: every rank must run through all of it, one parameter at a time.
+        Moments are missing before the first step.
+        """
+        for name, parameter in self.model.named_parameters():
+            yield name, self._full_tensors(parameter)
+
+    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every parameter's name and whole float32 value; collective like `full_state`."""
+        for name, parameter in self.model.named_parameters():
+            if self.zero_stage == 0:
+                yield name, parameter.detach()
+            else:
+                yield name, safe_get_full_fp32_param(parameter)
+
+    def optimizer_steps(self) -> int:
+        """Return the steps that the optimizer has applied."""
+        for state in self._basic_optimizer().state.values():
+            return int(state["step"])
+        return 0
+
+    def load_moments(self, step: int, moments: Callable[[str, str], torch.Tensor]) -> None:
+        """Put back the optimizer's moments (the parameters are loaded before the engine starts).
+
+        Args:
+            step: steps the optimizer had applied.
+            moments: maps ("exp_avg" or "exp_avg_sq", parameter name) to the whole tensor.
+        """
+        optimizer = self._basic_optimizer()
+        for flat in self._optimized_tensors():
+            optimizer.state[flat] = {
+                "step": torch.tensor(float(step), device=flat.device),
+                **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+            }
+        if self.zero_stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.model.named_parameters():
+            for moment in MOMENTS:
+                value = moments(moment, name)
+                if self.zero_stage == 0:
+                    optimizer.state[parameter][moment].copy_(value)
+                elif self.zero_stage == 3:
+                    size = safe_get_local_optimizer_state(parameter, moment).numel()
+                    padded = nn.functional.pad(
+                        value.flatten(), (0, size * self.mesh.dp_size - value.numel())
+                    )
+                    part = padded.narrow(0, size * self.mesh.dp_rank, size)
+                    safe_set_local_optimizer_state(parameter, part, moment)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _full_tensors(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        started = bool(self._basic_optimizer().state)
+        if self.zero_stage == 0:
+            state = self._basic_optimizer().state.get(parameter, {})
+            return {
+                "model": parameter.detach(),
+                **{moment: state[moment] for moment in MOMENTS if started},
+            }
+        return {
+            "model": safe_get_full_fp32_param(parameter),
+            **{m: safe_get_full_optimizer_state(parameter, m) for m in MOMENTS if started},
+        }
+
+    def _optimized_tensors(self) -> list[torch.Tensor]:
+        """Return what the basic optimizer really updates: parameters, or ZeRO's flat partitions."""
+        if self.zero_stage == 0:
+            return [p for p in self.model.parameters() if p.requires_grad]
+        wrapper = self._engine.optimizer
+        if self.zero_stage == 3:
+            return list(wrapper.fp32_partitioned_groups_flat)
+        return list(wrapper.single_partition_of_fp32_groups)
+
+    def _basic_optimizer(self) -> torch.optim.Optimizer:
+        return self._engine.basic_optimizer  # type: ignore[no-any-return]
+
+
+def _bytes_sent_factor(operation: str, size: int) -> float:
+    """Bytes a rank sends per byte of the logged tensor, for ring algorithms over `size` ranks."""
+    if size == 1:
+        return 0.0
+    if "all_reduce" in operation:
+        return 2 * (size - 1) / size
+    if "broadcast" in operation:
+        return 1 / size  # one of `size` ranks sends it
+    if "all_gather" in operation:
+        return (size - 1) / size  # logged with the size of the gathered tensor
+    return (size - 1) / size
+
+
+def _deepspeed_config(
+    parallel: ParallelConfig,
+    optim: OptimConfig,
+    mesh: Mesh,
+    grad_accum_steps: int,
+    micro_batch_size: int,
+) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": parallel.zero_stage, "overlap_comm": False}
+    if parallel.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if parallel.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_batch_size": micro_batch_size * grad_accum_steps * mesh.dp_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": grad_accum_steps,
+        # Under ZeRO 0 `Engine.step` clips, since DeepSpeed would apply a non-finite gradient there.
+        "gradient_clipping": optim.max_grad_norm if parallel.zero_stage > 0 else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**12,
+        "comms_logger": {"enabled": True, "verbose": False, "prof_all": True},
+    }

@@ -1,0 +1,21 @@
+"""Text to batches: sources -> tokenizer -> memory-mapped shards -> packed batches.
+
+One file per step; the names below are what the rest of the program uses.
+"""
+
+from trainer.data.batches import Batch, TokenDataset, micro_batches, validation_batches
+from trainer.data.shards import prepare
+from trainer.data.sources import check_data
+from trainer.data.tokenizer import TextStream, Tokenizer, load_tokenizer
+
+__all__ = [
+    "Batch",
+    "TextStream",
+    "TokenDataset",
+    "Tokenizer",
+    "check_data",
+    "load_tokenizer",
+    "micro_batches",
+    "prepare",
+    "validation_batches",
+]

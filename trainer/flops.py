@@ -1,0 +1,99 @@
+"""Model FLOPs by walking the layer list, and the peak to hold them against.
+
+Definition (the README repeats it): projections, FFN, gate and head 2 x parameters per token, the
+embedding lookup nothing; causal softmax 4 H D per visible pair; linear attention
+2 D_k D_v (H_state + H) per token. Training is 3 x forward. Recomputation and what chunked kernels
+spend beyond the definition count as hardware FLOPs only.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from models.causal_lm import CausalLM, Layer
+from models.layers import Projection
+from models.mixers import Mixer
+
+
+@dataclass(frozen=True)
+class _LayerCost:
+    kind: str
+    mixer_weights: int
+    ffn_weights: int
+    mixers: tuple[Mixer, ...]
+
+
+class FlopCounter:
+    """FLOPs of training steps of one model. Build it before ZeRO partitions the parameters."""
+
+    def __init__(self, model: CausalLM, recompute: str) -> None:
+        self.recompute = recompute
+        self.head_weights = model.head.weight.numel()
+        self.layers = []
+        for layer in model.layers:
+            assert isinstance(layer, Layer)
+            mixers = tuple(mixer for _, mixer in layer.mixer.named_branches())
+            weights = projection_weights(layer.mixer), projection_weights(layer.ffn)
+            self.layers.append(_LayerCost(layer.mixer.kind, *weights, mixers))
+        self.kinds = list(self.training([1]))
+
+    def training(self, doc_lengths: Sequence[int], *, hardware: bool = False) -> dict[str, float]:
+        """Return the FLOPs of forward and backward over the documents, by kind of layer.
+
+        Args:
+            doc_lengths: tokens of each document.
+            hardware: count recomputation and what kernels spend beyond the model.
+        """
+        tokens = sum(doc_lengths)
+        mixer_passes = 4 if hardware and self.recompute == "full" else 3
+        ffn_passes = 4 if hardware and self.recompute in ("full", "selective") else 3
+        flops: dict[str, float] = defaultdict(float)
+        for layer in self.layers:
+            mixing = sum(m.mixing_flops(doc_lengths, hardware=hardware) for m in layer.mixers)
+            flops[layer.kind] += mixer_passes * (2 * layer.mixer_weights * tokens + mixing)
+            flops["ffn"] += ffn_passes * 2 * layer.ffn_weights * tokens
+        flops["head_and_loss"] += 3 * 2 * self.head_weights * tokens
+        return dict(flops)
+
+
+def projection_weights(module: torch.nn.Module) -> int:
+    """Return the weights that multiply each token; biases and norms count nothing."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, Projection))
+
+
+def parameters_by_kind(model: CausalLM) -> dict[str, int]:
+    """Return the parameters of each kind of layer; a tied head counts with the embedding."""
+    counts: dict[str, int] = defaultdict(int)
+    for layer in model.layers:
+        assert isinstance(layer, Layer)
+        counts[layer.mixer.kind] += sum(p.numel() for p in layer.mixer.parameters())
+        counts["ffn"] += sum(p.numel() for p in layer.ffn.parameters())
+        norms = layer.mixer_norm.weight.numel() + layer.ffn_norm.weight.numel()
+        counts["embedding_and_norms"] += norms
+    counts["embedding_and_norms"] += model.embed.weight.numel() + model.norm.weight.numel()
+    if model.head.weight is not model.embed.weight:
+        counts["head_and_loss"] += model.head.weight.numel()
+    return dict(counts)
+
+
+def measure_peak_flops(
+    device: torch.device, dtype: torch.dtype, *, size: int = 2048, seconds: float = 1.0
+) -> float:
+    """Return the FLOP/s of a square matrix product of `dtype`, the fastest of several runs."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+
+    def run() -> float:
+        start = time.perf_counter()
+        product = a @ b
+        float(product[0, 0])  # waits for the device
+        return time.perf_counter() - start
+
+    run()
+    best, deadline = run(), time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        best = min(best, run())
+    return 2.0 * size**3 / best

@@ -1,0 +1,316 @@
+"""The training loop: Trainer builds the parts of one rank and takes steps until the run is done."""
+
+import dataclasses
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conf.schema import Config
+from models.causal_lm import CausalLM
+from models.spiking import spike_encoders
+from parallel.comm import all_reduce_sum, barrier, broadcast_object
+from parallel.engine import Engine
+from parallel.layout import build_layout
+from parallel.ledger import Ledger
+from parallel.mesh import Mesh
+from parallel.sequence import SequenceContext
+from trainer.accelerator import Accelerator
+from trainer.checkpoint import (
+    CheckpointStore,
+    CheckpointWriteError,
+    load_state,
+    load_tensors,
+    resolve,
+)
+from trainer.data import Batch, TokenDataset, micro_batches, prepare, validation_batches
+from trainer.flops import FlopCounter, measure_peak_flops, parameters_by_kind
+from trainer.optim import build_optimizer, learning_rate
+from trainer.profiler import StepProfiler
+from trainer.progress import Progress
+from trainer.record import Recorder, RunFacts
+
+logger = logging.getLogger(__name__)
+
+PROFILE_EVERY = 5
+"""Every so many steps the time of each kind of layer is taken."""
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on and starting it again would not help (exit code 3)."""
+
+
+@dataclasses.dataclass
+class TrainState:
+    """All that resuming needs beside the weights and the optimizer's moments."""
+
+    step: int = 0
+    consumed: int = 0
+    """Samples taken from the training split."""
+    num_tokens: int = 0
+    nonfinite_in_row: int = 0
+    optimizer_steps: int = 0
+    """Steps that changed the weights."""
+
+
+class Trainer:
+    """One rank of a training run.
+
+    Args:
+        config: the complete config, `run.dir` set and `dtype` resolved.
+        mesh: this rank's place.
+        accelerator: its device family.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, accelerator: Accelerator) -> None:
+        assert config.run.dir is not None, "the launcher sets run.dir"
+        self.config, self.mesh, self.accelerator = config, mesh, accelerator
+        self.dtype = getattr(torch, config.dtype)
+        self.run_dir = Path(config.run.dir)
+        self.store = CheckpointStore(self.run_dir / "checkpoints", config.checkpoint.keep)
+        self.ledger, self.state = Ledger(), TrainState()
+        self.profiler = StepProfiler(accelerator.synchronize)
+
+        folder, data = prepare(config.data), config.data
+        self.train_data = TokenDataset(folder, "train", data.seq_len, config.run.seed)
+        self.val_data = TokenDataset(folder, "val", data.seq_len, config.run.seed)
+
+        model = CausalLM(
+            config.model,
+            config.spike,
+            config.ops,
+            dtype=self.dtype,
+            recompute=config.parallel.recompute,
+        ).to(mesh.device)
+        checkpoint = self._find_checkpoint()
+        self._load_weights(model, checkpoint)
+        self.flops = FlopCounter(model, config.parallel.recompute)
+        peak = measure_peak_flops(mesh.device, self.dtype)
+        facts = RunFacts(parameters_by_kind(model), peak * mesh.world_size, accelerator)
+        self.spikes = spike_encoders(model)
+        self.profiler.watch(model)
+        self.engine = Engine(
+            model,
+            build_optimizer(model, config.optim),
+            parallel=config.parallel,
+            optim=config.optim,
+            mesh=mesh,
+            grad_accum_steps=data.global_batch_size // (data.micro_batch_size * mesh.dp_size),
+            micro_batch_size=data.micro_batch_size,
+        )
+        if checkpoint is not None and self.state.optimizer_steps:
+            tensors = load_tensors(checkpoint)
+            self.engine.load_moments(
+                self.state.optimizer_steps, lambda moment, name: tensors.get(f"{moment}/{name}")
+            )
+        self.recorder = Recorder(config, mesh, facts, self.ledger, self.profiler)
+        self.recorder.start(self.state.step)
+
+    def fit(self) -> None:
+        """Train until `run.steps`, then write the report.
+
+        Raises:
+            RunFailed: too many steps in a row without a finite loss and gradient.
+            CheckpointWriteError: a checkpoint could not be written.
+        """
+        run = self.config.run
+        first = self.state.step
+        with Progress(first, run.steps, run.log_every, enabled=self.mesh.rank == 0) as progress:
+            while self.state.step < run.steps:
+                record = self.train_step()
+                self.recorder.log_step(record)
+                progress.step(record)
+                self._check_finite()
+                step = self.state.step
+                if step % self.config.evaluation.every == 0 or step == run.steps:
+                    record = self.evaluate()
+                    self.recorder.log_evaluation(record)
+                    progress.evaluation(record)
+                if step % self.config.checkpoint.every == 0 or step == run.steps:
+                    self.save_checkpoint()
+        self.recorder.finish()
+
+    def train_step(self) -> dict[str, Any]:
+        """Take one optimizer step on the next global batch; every rank must call.
+
+        Returns:
+            The step's record for metrics.jsonl.
+        """
+        start = time.perf_counter()
+        state = self.state
+        state.step += 1
+        lr = learning_rate(self.config.optim, state.step, self.config.run.steps)
+        with self.profiler.step(state.step % PROFILE_EVERY == 0):
+            with self.profiler.kind("data"):
+                batches = self._next_batches()
+            loss_sum, num_tokens = self._accumulate(batches)
+            with self.profiler.kind("optimizer"):
+                grad_norm, applied = self.engine.step(lr)
+            with self.profiler.kind("communication"):
+                totals, spikes = self._reduce(loss_sum, batches)
+            self.accelerator.synchronize()
+        state.consumed += self.config.data.global_batch_size
+        state.num_tokens += int(totals["tokens"])
+        state.optimizer_steps += applied
+        state.nonfinite_in_row = 0 if applied else state.nonfinite_in_row + 1
+        self.engine.absorb_communication(self.ledger)
+        loss = totals["loss"] / num_tokens
+        record: dict[str, Any] = {
+            "step": state.step,
+            "loss": loss if applied else None,
+            "grad_norm": grad_norm if applied else None,
+            "lr": lr,
+            "num_tokens": state.num_tokens,
+            "step_seconds": time.perf_counter() - start,
+            "peak_memory_bytes": self.accelerator.peak_memory_bytes(),
+            "flops_by_kind": {k: totals[k] for k in self.flops.kinds},
+            "hardware_flops": totals["hardware_flops"],
+        }
+        if not applied:
+            kind = "gradient" if math.isfinite(loss) else "loss"
+            record |= {"skipped": True, "reason": f"non-finite {kind}"}
+        if self.spikes:
+            record["spike_histograms"] = spikes
+        return record
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """Return the record of the loss over the validation sequences; every rank must call."""
+        data = self.config.data
+        batches = validation_batches(
+            self.val_data,
+            self.config.evaluation.max_sequences,
+            data.micro_batch_size,
+            self.mesh.dp_rank,
+            self.mesh.dp_size,
+        )
+        self.engine.model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.mesh.device)
+        for batch in batches:
+            loss_sum, num_valid = self._forward(batch)
+            sums += sums.new_tensor([float(loss_sum), float(num_valid), batch.num_bytes])
+        self.engine.model.train()
+        loss, tokens, num_bytes = all_reduce_sum(sums, self.mesh, self.ledger).tolist()
+        return {
+            "step": self.state.step,
+            "val_loss": loss / tokens,
+            "val_bits_per_byte": loss / math.log(2) / num_bytes,
+        }
+
+    def save_checkpoint(self) -> None:
+        """Write weights, moments and position; every rank must call.
+
+        Raises:
+            CheckpointWriteError: on every rank if one could not write; earlier ones are intact.
+        """
+        step, error = self.state.step, None
+        if self.mesh.rank == 0:
+            self.store.begin(step)
+        barrier(self.mesh)
+        shard: dict[str, torch.Tensor] = {}
+        for i, (name, tensors) in enumerate(self.engine.full_state()):
+            if i % self.mesh.world_size == self.mesh.rank:
+                shard |= {f"{kind}/{name}": t.cpu().clone() for kind, t in tensors.items()}
+        try:
+            self.store.write_shard(step, self.mesh.rank, shard)
+        except CheckpointWriteError as raised:
+            error = raised
+        failed = torch.tensor([float(error is not None)], device=self.mesh.device)
+        if float(all_reduce_sum(failed, self.mesh, self.ledger)):
+            raise error or CheckpointWriteError(f"another rank could not write step {step}")
+        if self.mesh.rank == 0:
+            path = self.store.commit(step, dataclasses.asdict(self.state), self.mesh.world_size)
+            logger.info("checkpoint: %s", path)
+            self.recorder.flush()
+
+    def _find_checkpoint(self) -> Path | None:
+        """Return the checkpoint to continue from, if there is one, and take its state."""
+        resume, found = self.config.run.resume, None
+        if self.mesh.rank == 0 and resume != "never":
+            found = self.store.latest() if resume == "auto" else resolve(resume)
+        path = broadcast_object(None if found is None else str(found), self.mesh)
+        if path is None:
+            return None
+        self.state = TrainState(**load_state(Path(path)))
+        logger.info("continuing from %s", path)
+        return Path(path)
+
+    def _load_weights(self, model: CausalLM, checkpoint: Path | None) -> None:
+        if checkpoint is None:
+            model.reset_parameters(self.config.run.seed)
+            return
+        tensors = load_tensors(checkpoint)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(tensors.get(f"model/{name}"))
+
+    def _next_batches(self) -> list[Batch]:
+        data = self.config.data
+        return micro_batches(
+            self.train_data,
+            self.state.consumed,
+            global_batch_size=data.global_batch_size,
+            micro_batch_size=data.micro_batch_size,
+            dp_rank=self.mesh.dp_rank,
+            dp_size=self.mesh.dp_size,
+        )
+
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self.mesh.device
+        layout = build_layout(batch.cu_seqlens.to(device), kind=self.config.parallel.layout)
+        context = SequenceContext(self.mesh, layout, self.config.ops)
+        loss_sum, num_valid = self.engine(batch.tokens.to(device), batch.labels.to(device), context)
+        return loss_sum, num_valid
+
+    def _accumulate(self, batches: list[Batch]) -> tuple[torch.Tensor, float]:
+        """Run forward and backward of all micro batches.
+
+        Returns:
+            This rank's summed loss (float64) and the labels that count over all ranks.
+        """
+        local = torch.tensor(
+            [float(sum((b.labels >= 0).sum() for b in batches))], device=self.mesh.device
+        )
+        num_tokens = float(all_reduce_sum(local.double(), self.mesh, self.ledger))
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for i, batch in enumerate(batches):
+            loss, _ = self._forward(batch)
+            # A loss that is not finite must not leave a finite gradient behind.
+            poison = torch.where(loss.detach().isfinite(), 1.0, math.nan)
+            scale = poison * (self.mesh.world_size / num_tokens)
+            self.engine.backward(loss * scale, last=i == len(batches) - 1)
+            loss_sum += loss.detach().double()
+        return loss_sum, num_tokens
+
+    def _reduce(
+        self, loss_sum: torch.Tensor, batches: list[Batch]
+    ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        """Sum over the ranks: loss, tokens, FLOPs, and the histogram of each spike encoder."""
+        lengths = [n for b in batches for n in b.cu_seqlens.diff().tolist()]
+        scalars = {
+            "loss": float(loss_sum),
+            "tokens": float(sum(lengths)),
+            **self.flops.training(lengths),
+            "hardware_flops": sum(self.flops.training(lengths, hardware=True).values()),
+        }
+        histograms = [encoder.take_histogram() for encoder in self.spikes.values()]
+        values = torch.tensor(list(scalars.values()), dtype=torch.float64, device=self.mesh.device)
+        flat = torch.cat([values, *histograms])
+        flat = all_reduce_sum(flat, self.mesh, self.ledger).cpu()
+        totals = dict(zip(scalars, flat[: len(scalars)].tolist(), strict=True))
+        rows = flat[len(scalars) :].view(len(histograms), -1)
+        return totals, dict(zip(self.spikes, rows, strict=True))
+
+    def _check_finite(self) -> None:
+        limit = self.config.run.max_nonfinite_steps
+        if self.state.nonfinite_in_row < limit:
+            return
+        steps = self.store.steps()
+        last = self.store.folder / f"step_{steps[-1]:08d}" if steps else "none was written"
+        raise RunFailed(
+            f"{limit} steps in a row had a loss or gradient that is not finite "
+            f"(run.max_nonfinite_steps={limit}); last good checkpoint: {last}"
+        )

@@ -1,0 +1,199 @@
+"""What a run leaves behind: metrics.jsonl, comm.json, profile.json, the reports, MLflow."""
+
+import json
+import logging
+import os
+import platform
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from conf.schema import Config
+from models.spiking import spike_statistics
+from parallel.ledger import Ledger
+from parallel.mesh import Mesh
+from trainer.accelerator import Accelerator
+from trainer.profiler import StepProfiler
+from trainer.report import write_report
+from trainer.run_dir import config_tree, flatten, save_config
+from trainer.tracking import MetricsFile, MLflowRun
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known before the first step."""
+
+    parameters_by_kind: dict[str, int]
+    measured_peak: float
+    """FLOP/s of the whole world by a large matrix product of the compute dtype."""
+    accelerator: Accelerator
+
+
+class Recorder:
+    """Writes the record on rank 0; the other ranks' calls do nothing."""
+
+    def __init__(
+        self, config: Config, mesh: Mesh, facts: RunFacts, ledger: Ledger, profiler: StepProfiler
+    ) -> None:
+        self.config, self.mesh, self.facts = config, mesh, facts
+        self.ledger, self.profiler = ledger, profiler
+        self.run_dir = Path(str(config.run.dir))
+        self.metrics = MetricsFile(self.run_dir / "metrics.jsonl")
+        self.pending: list[dict[str, Any]] = []
+        self.flops_by_kind: dict[str, float] = defaultdict(float)
+        self.hardware_flops = 0.0
+        self.histograms: dict[str, torch.Tensor] = {}
+        self.mlflow: MLflowRun | None = None
+
+    def start(self, step: int) -> None:
+        """Save the config and cut the metrics back to `step`, the position of the weights."""
+        if self.mesh.rank:
+            return
+        save_config(self.config, self.run_dir)
+        self.metrics.truncate_after(step)
+        if self.config.tracking.mlflow:
+            params = flatten(config_tree(self.config))
+            self.mlflow = MLflowRun(self.config.tracking, self.run_dir, params)
+            self.pending = [r | {"time": time.time()} for r in self.metrics.records()]
+
+    def log_step(self, record: dict[str, Any]) -> None:
+        """Record one step, given as the trainer measured it."""
+        self.ledger.steps += 1
+        by_kind, hardware = record.pop("flops_by_kind"), record.pop("hardware_flops")
+        model = sum(by_kind.values())
+        histograms = record.pop("spike_histograms", {})
+        seconds, peak = record["step_seconds"], self.facts.measured_peak
+        data = self.config.data
+        record["tokens_per_second"] = data.global_batch_size * data.seq_len / seconds
+        record["mfu"], record["hfu"] = model / seconds / peak, hardware / seconds / peak
+        self.hardware_flops += hardware
+        for kind, flops in by_kind.items():
+            self.flops_by_kind[kind] += flops
+        if histograms:
+            whole = spike_statistics(torch.stack(list(histograms.values())).sum(0))
+            record["spike_sparsity"] = whole["sparsity_all"]
+            record["mean_spikes"] = whole["mean_spikes"]
+            for name, histogram in histograms.items():
+                self.histograms[name] = self.histograms.get(name, 0.0) + histogram
+        if self.mesh.rank == 0:
+            self._append(record)
+
+    def log_evaluation(self, record: dict[str, Any]) -> None:
+        """Record one evaluation and bring profile.json and comm.json up to date."""
+        if self.mesh.rank == 0:
+            self._append(record)
+            self.write_profile()
+
+    def flush(self) -> None:
+        """Hand what is pending to MLflow."""
+        if self.mlflow is not None and self.pending:
+            self.mlflow.log(self.pending)
+            self.pending = []
+
+    def finish(self) -> None:
+        """Write the reports and close the record of a run that is done."""
+        if self.mesh.rank:
+            return
+        self.write_profile()
+        report = write_report(self.run_dir)
+        (self.run_dir / "finished").touch()
+        self.flush()
+        if self.mlflow is not None:
+            for name in ("report.json", "report.html", "comm.json", "config.yaml"):
+                self.mlflow.log_artifact(self.run_dir / name)
+            self.mlflow.end("FINISHED")
+        logger.info("report: %s", self.run_dir / "report.html")
+        logger.debug("%s", report)
+
+    def fail(self, interrupted: bool) -> None:
+        """Close the record of a run that ends early."""
+        if self.mlflow is not None:
+            self.flush()
+            self.mlflow.end("KILLED" if interrupted else "FAILED")
+
+    def write_profile(self) -> None:
+        """Write profile.json (what was measured, by kind of layer) and comm.json."""
+        steps = max(1, self.ledger.steps)
+        facts, accelerator = self.facts, self.config.accelerator
+        vendor = accelerator.peak_flops.get(self.config.dtype)
+        parameters = facts.parameters_by_kind
+        profile = {
+            "device": self._device(),
+            "peak": {
+                "measured_flops": facts.measured_peak,
+                "measured_how": "2048 x 2048 matrix product at the start, fastest of one second, "
+                "times ranks",
+                "vendor_flops": vendor and vendor * self.mesh.world_size,
+                "vendor_source": accelerator.source,
+            },
+            "flops_per_step": {
+                "model": sum(self.flops_by_kind.values()) / steps,
+                "hardware": self.hardware_flops / steps,
+            },
+            "parameters": {
+                "total": sum(parameters.values()),
+                "active": sum(parameters.values()),
+                "by_kind": parameters,
+            },
+            "kinds": self._kinds(),
+            "spikes": self._spikes(),
+        }
+        _write_json(self.run_dir / "profile.json", profile)
+        _write_json(self.run_dir / "comm.json", self.ledger.summary())
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self.metrics.append(record)
+        if self.mlflow is not None:
+            self.pending.append(record | {"time": time.time()})
+
+    def _device(self) -> dict[str, Any]:
+        packages = ("torch", "deepspeed", "triton", "ray", "mlflow")
+        return {
+            "name": self.facts.accelerator.description(),
+            "accelerator": self.config.accelerator.name,
+            "dtype": self.config.dtype,
+            "num_threads": torch.get_num_threads(),
+            "world_size": self.mesh.world_size,
+            "host_memory_bytes": psutil.virtual_memory().total,
+            "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        }
+
+    def _kinds(self) -> list[dict[str, Any]]:
+        seconds = self.profiler.seconds_per_step()
+        steps = max(1, self.ledger.steps)
+        return [
+            {
+                "kind": kind,
+                "seconds_per_step": seconds.get(kind, 0.0),
+                "flops_per_step": self.flops_by_kind.get(kind, 0.0) / steps,
+            }
+            for kind in sorted(seconds.keys() | self.flops_by_kind.keys())
+        ]
+
+    def _spikes(self) -> dict[str, Any] | None:
+        if not self.histograms:
+            return None
+        layers = []
+        for name, histogram in self.histograms.items():
+            layer = next(int(part) for part in name.split(".") if part.isdigit())
+            layers.append({"name": name, "layer": layer} | spike_statistics(histogram))
+        whole = torch.stack(list(self.histograms.values())).sum(0)
+        return {
+            "k": self.config.spike.k,
+            "layers": layers,
+            "model": spike_statistics(whole),
+        }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)

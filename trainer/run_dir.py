@@ -1,0 +1,163 @@
+"""The run directory: where it is, who holds it, and the config it was started with."""
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from conf.schema import Config
+
+ROOT = Path("runs")
+FREE_TO_CHANGE = (
+    "run.dir", "run.steps", "run.resume", "run.log_every", "run.num_threads",
+    "run.max_nonfinite_steps", "launcher", "parallel", "ops", "checkpoint", "evaluation",
+    "tracking", "accelerator", "data.micro_batch_size", "data.cache_dir", "optim",
+)  # fmt: skip
+"""Keys a resumed run may set anew; the rest decides what the weights mean."""
+
+
+def open_run_dir(config: Config) -> tuple[Config, Path, FileLock]:
+    """Find or make the run's directory and hold it for this process.
+
+    `run.dir=null` continues the newest unfinished run of the same name and config if `run.resume`
+    is auto and none else holds it; otherwise it starts runs/<name>-<time>.
+
+    Returns:
+        The config with `run.dir` set, the directory, and the lock (released when the process ends).
+
+    Raises:
+        ValueError: another process holds the directory, or it was started with another config.
+    """
+    if config.run.dir is None:
+        candidates = _unfinished(config) if config.run.resume == "auto" else []
+        for path in candidates:
+            lock = _try_lock(path)
+            if lock is not None:
+                return _with_dir(config, path), path, lock
+        path = ROOT / f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        while path.exists():  # two runs begun in the same second
+            path = path.with_name(path.name + "x")
+    else:
+        path = Path(config.run.dir)
+    _check_writable(path)
+    path.mkdir(parents=True, exist_ok=True)
+    lock = _try_lock(path)
+    if lock is None:
+        raise ValueError(
+            f"run.dir={path}: another process is training there; wait for it, or use another run.dir"
+        )
+    config = _with_dir(config, path)
+    if config.run.resume == "never" and (path / "metrics.jsonl").exists():
+        raise ValueError(
+            f"run.resume=never: run.dir={path} holds a run already; use another run.dir, "
+            "or run.resume=auto to continue it"
+        )
+    _check_same(config, path)
+    return config, path, lock
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write config.yaml, whole or not at all."""
+    text = "# Repeat with: longaxon train --config-dir <this folder> --config-name config "
+    text += "run.dir=<new folder>\n" + yaml.safe_dump(config_tree(config), sort_keys=False)
+    temporary = path / ".config.yaml.tmp"
+    temporary.write_text(text)
+    os.replace(temporary, path / "config.yaml")
+
+
+def config_tree(config: Config) -> dict[str, Any]:
+    """Return the config as plain YAML types, extensions with their `_target_`."""
+    tree: dict[str, Any] = _tree(config)
+    return tree
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested dict as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def is_finished(path: Path) -> bool:
+    """Return whether the run ended by itself (its report says so)."""
+    return (path / "finished").exists()
+
+
+def _tree(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        cls = type(value)
+        target = {"_target_": f"{cls.__module__}.{cls.__qualname__}"}
+        fields = {f.name: _tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return fields if cls.__module__ == "conf.schema" else target | fields
+    if isinstance(value, dict):
+        return {key: _tree(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_tree(item) for item in value]
+    return value
+
+
+def _with_dir(config: Config, path: Path) -> Config:
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(path)))
+
+
+def _decisive(tree: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in flatten(tree).items()
+        if not any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
+    }
+
+
+def _saved(path: Path) -> dict[str, Any] | None:
+    file = path / "config.yaml"
+    return yaml.safe_load(file.read_text()) if file.exists() else None
+
+
+def _unfinished(config: Config) -> list[Path]:
+    """Return this experiment's runs that can go on with this very config, newest first."""
+    found = []
+    for path in sorted(ROOT.glob(f"{config.run.name}-*"), reverse=True):
+        saved = _saved(path)
+        if saved is None or is_finished(path):
+            continue
+        if flatten(saved | {"run": saved["run"] | {"dir": None}}) == flatten(
+            config_tree(config) | {"run": config_tree(config)["run"] | {"dir": None}}
+        ):
+            found.append(path)
+    return found
+
+
+def _check_same(config: Config, path: Path) -> None:
+    saved = _saved(path)
+    if saved is None:
+        return
+    old, new = _decisive(saved), _decisive(config_tree(config))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise ValueError(
+                f"{key}={new.get(key)}: the run in {path} was started with {old.get(key)}; "
+                "use that value, or another run.dir"
+            )
+
+
+def _check_writable(path: Path) -> None:
+    parent = next(p for p in [path, *path.absolute().parents] if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"run.dir={path}: {parent} is no writable folder; use another run.dir")
+
+
+def _try_lock(path: Path) -> FileLock | None:
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    return lock
