@@ -74,8 +74,8 @@ def _run_verb(verb: str, overrides: list[str]) -> int:
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=verb)
     def job(config: DictConfig) -> None:
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        assert isinstance(tree, dict)
-        codes.append(VERBS[verb][0](tree))
+        assert isinstance(tree, dict), "a verb's config is a mapping"
+        codes.append(VERBS[verb][0]({str(key): value for key, value in tree.items()}))
 
     quiet = [] if _asks_hydra(overrides) else list(QUIET)
     sys.argv = [f"longaxon {verb}", *quiet, *overrides]

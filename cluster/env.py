@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 
-
 def rank_environment(deepspeed_name: str) -> dict[str, str]:
     """Return the variables of a rank: device family, quiet libraries, tools on PATH."""
     tools = str(Path(sys.executable).parent)  # ninja, for libraries that compile at first use

@@ -27,9 +27,7 @@ def describe(error: Exception, verb: str) -> str:
     return re.sub(r"\n\s*\n", "\n", text)
 
 
-def _item_lines(
-    item: Any, prefix: tuple[str | int, ...], defaults: dict[str, Any]
-) -> list[str]:
+def _item_lines(item: Any, prefix: tuple[str | int, ...], defaults: dict[str, Any]) -> list[str]:
     """Lines for one of pydantic's errors, those inside an extension's config unfolded."""
     place = (*prefix, *item["loc"])
     inner = item.get("ctx", {}).get("error")

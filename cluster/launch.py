@@ -31,12 +31,13 @@ def launch(config: Config, accelerator: Accelerator) -> int:
 
 def run_rank(config: Config, accelerator: Accelerator, world: World) -> int:
     """Train as one rank of the world; return the exit code."""
+    apply_environment({"LOCAL_RANK": str(world.local_rank)})  # DeepSpeed insists on it
     threads = config.run.num_threads or max(1, (os.cpu_count() or 1) // world.local_size)
     torch.set_num_threads(threads)
     # Imported here: the checks that come before must be quick, and DeepSpeed reads the environment.
     from parallel.comm import broadcast_object
     from parallel.mesh import close_mesh, init_mesh
-    from trainer.loop import RunFailed, Trainer
+    from trainer.loop import RunFailedError, Trainer
 
     device = accelerator.device(world.local_rank)
     mesh = init_mesh(world, device, accelerator.backend, config.parallel.timeout_seconds)
@@ -46,7 +47,7 @@ def run_rank(config: Config, accelerator: Accelerator, world: World) -> int:
     try:
         trainer = Trainer(config, mesh, accelerator)
         trainer.fit()
-    except (RunFailed, CheckpointWriteError) as error:
+    except (RunFailedError, CheckpointWriteError) as error:
         logger.error("%s", error)
         if trainer is not None:
             trainer.recorder.fail(interrupted=False)

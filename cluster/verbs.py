@@ -41,7 +41,7 @@ def train(tree: dict[str, Any]) -> int:
         config, accelerator, read_world().world_size if env else config.launcher.num_workers
     )
     if not env or read_world().rank == 0:
-        config, run_dir, lock = open_run_dir(config)
+        config, run_dir, _lock = open_run_dir(config)
         logger.info("run directory: %s", run_dir)
     prepare(config.data)
     try:

@@ -38,7 +38,8 @@ class KeyValueCache:
         """Add one token, [B, 1, H_kv, D], and return all that its query sees."""
         if self._k is None or self._v is None:
             self.fill(k, v)
-            assert self._k is not None and self._v is not None
+            assert self._k is not None
+            assert self._v is not None
         else:
             if self.window_size is None and self.num_tokens == self._k.shape[1]:
                 self._k = torch.cat([self._k, torch.zeros_like(self._k)], 1)

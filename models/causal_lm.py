@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from ops.cross_entropy import linear_cross_entropy
 from torch import nn
 
 from conf.schema import LayerConfig, ModelConfig, OpsConfig, SpikeConfig
 from models.cache import MixerCache
-from models.layers import Projection, RMSNorm, SwiGLU
+from models.layers import RMSNorm, SwiGLU
 from models.mixers import Mixer
-from ops.cross_entropy import linear_cross_entropy
 from parallel.recompute import run_recomputed
 from parallel.sequence import SequenceContext
 
@@ -27,22 +27,23 @@ class Embedding(nn.Module):
         return F.embedding(tokens, self.weight).to(self.dtype)
 
 
-class Head(Projection):
+class Head(nn.Module):
     """The vocabulary projection and its loss, which never holds all logits."""
 
     def __init__(self, hidden_size: int, vocab_size: int, impl: str | None) -> None:
-        super().__init__(hidden_size, vocab_size)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.impl = impl
 
-    def forward(
-        self, x: torch.Tensor, labels: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Return logits, or with labels (summed loss, number of labels that count)."""
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the summed loss and the number of labels that count."""
         weight = self.weight.to(x.dtype)
-        if labels is None:
-            return F.linear(x, weight)
         loss_sum, num_valid = linear_cross_entropy(x, weight, labels, impl=self.impl)
         return loss_sum, num_valid
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [..., vocab] logits."""
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class ParallelMixers(nn.Module):
@@ -164,13 +165,15 @@ class CausalLM(nn.Module):
                 x = run_recomputed(layer, x, context)
             else:
                 x = layer(x, context, None, self.recompute)
-        return self.head(self.norm(x), labels)  # type: ignore[no-any-return]
+        loss_sum, num_valid = self.head(self.norm(x), labels)
+        return loss_sum, num_valid
 
     def new_cache(self) -> list[dict[str, MixerCache]]:
         """Return an empty decoding cache: per layer, one entry per mixer."""
         return [
             {name: mixer.new_cache() for name, mixer in layer.mixer.named_branches()}
             for layer in self.layers
+            if isinstance(layer, Layer)
         ]
 
     def prefill(
@@ -180,7 +183,7 @@ class CausalLM(nn.Module):
         x = self.embed(tokens)
         for layer, entry in zip(self.layers, cache, strict=True):
             x = layer(x, context, entry)
-        return self.head(self.norm(x[:, -1]))  # type: ignore[no-any-return]
+        return self.head.logits(self.norm(x[:, -1]))
 
     def decode(
         self, token: torch.Tensor, cache: list[dict[str, MixerCache]], position: int
@@ -190,7 +193,7 @@ class CausalLM(nn.Module):
         for layer, entry in zip(self.layers, cache, strict=True):
             assert isinstance(layer, Layer)
             x = layer.decode(x, entry, position)
-        return self.head(self.norm(x[:, -1]))  # type: ignore[no-any-return]
+        return self.head.logits(self.norm(x[:, -1]))
 
     def reset_parameters(self, seed: int) -> None:
         """Draw initial weights; they depend on the seed alone."""
@@ -200,7 +203,7 @@ class CausalLM(nn.Module):
             out_std = std / (2 * self.config.num_layers) ** 0.5
             nn.init.normal_(self.embed.weight, std=std)
             if not self.config.tie_embeddings:
-                self.head.reset(std)
+                nn.init.normal_(self.head.weight, std=std)
             for layer in self.layers:
                 assert isinstance(layer, Layer)
                 for _, mixer in layer.mixer.named_branches():

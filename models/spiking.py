@@ -1,6 +1,6 @@
 """Spiking of a projection's input (spec: eq. 19-21 of arXiv:2509.05276) and its statistics."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,7 +14,8 @@ SAMPLED_TOKENS = 128
 """Tokens of a forward pass, evenly spaced, that statistics are taken from."""
 
 
-class Spikes(NamedTuple):
+@dataclass(frozen=True)
+class Spikes:
     """An activation as counts: it stands for `count * threshold`."""
 
     count: torch.Tensor

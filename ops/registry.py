@@ -93,4 +93,5 @@ def _announce(op: str, name: str, why: str) -> None:
 @functools.cache
 def _load(function: str) -> Callable[..., Any]:
     module, _, name = function.partition(":")
-    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return loaded

@@ -55,6 +55,13 @@ class Engine:
             config=_deepspeed_config(parallel, optim, mesh, grad_accum_steps, micro_batch_size),
             dist_init_required=False,
         )
+        self._optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
+        for tensor in self._optimized_tensors():
+            # Made at once rather than at the first step: DeepSpeed links to what is there then.
+            self._optimizer.state[tensor] = {
+                "step": torch.zeros((), device=tensor.device),
+                **{moment: torch.zeros_like(tensor) for moment in MOMENTS},
+            }
         if self.zero_stage in (1, 2):
             # float32 is not checked by default; a non-finite norm must leave the weights alone.
             self._engine.optimizer.check_grad_overflow = True
@@ -75,7 +82,7 @@ class Engine:
         Returns:
             The global L2 norm of the gradient before clipping, and whether weights were updated.
         """
-        for group in self._basic_optimizer().param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = lr
         norm = math.nan
         if self.zero_stage == 0:
@@ -93,8 +100,8 @@ class Engine:
                 norm = math.inf
         return norm, math.isfinite(norm)
 
-    def absorb_communication(self, ledger: Ledger) -> None:
-        """Move what DeepSpeed sent since the last call into the ledger's dp axis."""
+    def absorb_communication(self, ledger: Ledger, axis: str = "dp") -> None:
+        """Move what DeepSpeed sent since the last call into the ledger, under `axis`."""
         log = deepspeed.comm.comm.comms_logger.comms_dict
         for operation, sizes in log.items():
             factor = _bytes_sent_factor(operation, self.mesh.dp_size)
@@ -104,31 +111,16 @@ class Engine:
             self._comm_seconds[operation] = elapsed
             num_bytes = sum(size * record[0] for size, record in sizes.items())
             calls = sum(record[0] for record in sizes.values())
-            ledger.record("dp", operation, int(num_bytes * factor), seconds, calls)
+            ledger.record(axis, operation, int(num_bytes * factor), seconds, calls)
         log.clear()
 
     def full_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """Yield every parameter's name and its float32 value and moments, whole.
 
         A collective under ZeRO: every rank must run through all of it, one parameter at a time.
-        Moments are missing before the first step.
         """
         for name, parameter in self.model.named_parameters():
             yield name, self._full_tensors(parameter)
-
-    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every parameter's name and whole float32 value; collective like `full_state`."""
-        for name, parameter in self.model.named_parameters():
-            if self.zero_stage == 0:
-                yield name, parameter.detach()
-            else:
-                yield name, safe_get_full_fp32_param(parameter)
-
-    def optimizer_steps(self) -> int:
-        """Return the steps that the optimizer has applied."""
-        for state in self._basic_optimizer().state.values():
-            return int(state["step"])
-        return 0
 
     def load_moments(self, step: int, moments: Callable[[str, str], torch.Tensor]) -> None:
         """Put back the optimizer's moments (the parameters are loaded before the engine starts).
@@ -137,19 +129,15 @@ class Engine:
             step: steps the optimizer had applied.
             moments: maps ("exp_avg" or "exp_avg_sq", parameter name) to the whole tensor.
         """
-        optimizer = self._basic_optimizer()
-        for flat in self._optimized_tensors():
-            optimizer.state[flat] = {
-                "step": torch.tensor(float(step), device=flat.device),
-                **{moment: torch.zeros_like(flat) for moment in MOMENTS},
-            }
+        for state in self._optimizer.state.values():
+            state["step"].fill_(step)
         if self.zero_stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.model.named_parameters():
             for moment in MOMENTS:
                 value = moments(moment, name)
                 if self.zero_stage == 0:
-                    optimizer.state[parameter][moment].copy_(value)
+                    self._optimizer.state[parameter][moment].copy_(value)
                 elif self.zero_stage == 3:
                     size = safe_get_local_optimizer_state(parameter, moment).numel()
                     padded = nn.functional.pad(
@@ -161,16 +149,12 @@ class Engine:
                     safe_set_full_optimizer_state(parameter, value, moment)
 
     def _full_tensors(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        started = bool(self._basic_optimizer().state)
         if self.zero_stage == 0:
-            state = self._basic_optimizer().state.get(parameter, {})
-            return {
-                "model": parameter.detach(),
-                **{moment: state[moment] for moment in MOMENTS if started},
-            }
+            state = self._optimizer.state[parameter]
+            return {"model": parameter.detach(), **{moment: state[moment] for moment in MOMENTS}}
         return {
             "model": safe_get_full_fp32_param(parameter),
-            **{m: safe_get_full_optimizer_state(parameter, m) for m in MOMENTS if started},
+            **{moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS},
         }
 
     def _optimized_tensors(self) -> list[torch.Tensor]:
@@ -181,9 +165,6 @@ class Engine:
         if self.zero_stage == 3:
             return list(wrapper.fp32_partitioned_groups_flat)
         return list(wrapper.single_partition_of_fp32_groups)
-
-    def _basic_optimizer(self) -> torch.optim.Optimizer:
-        return self._engine.basic_optimizer  # type: ignore[no-any-return]
 
 
 def _bytes_sent_factor(operation: str, size: int) -> float:

@@ -4,6 +4,7 @@ Every parallel algorithm is written once against this map (contiguous: one segme
 zigzag: two, so that causal work is balanced). One rank is the ordinary case, not a special one.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,9 +89,9 @@ def build_layout(
     num_tokens = int(cu_seqlens[-1])
     num_chunks = sp_size if kind == "contiguous" or sp_size == 1 else 2 * sp_size
     bounds = [num_tokens * i // num_chunks for i in range(num_chunks + 1)]
-    chunks = [Segment(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    chunks = [Segment(a, b) for a, b in itertools.pairwise(bounds)]
     if num_chunks == sp_size:
-        segments = tuple((chunk,) for chunk in chunks)
+        segments: tuple[tuple[Segment, ...], ...] = tuple((chunk,) for chunk in chunks)
     else:
         segments = tuple((chunks[r], chunks[num_chunks - 1 - r]) for r in range(sp_size))
     return SequenceLayout(segments, sp_rank, cu_seqlens)

@@ -33,7 +33,9 @@ def read_world() -> World:
             int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         )
     except ValueError as error:
-        raise ValueError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be integers: {error}") from error
+        raise ValueError(
+            f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be integers: {error}"
+        ) from error
     if not 0 <= world.rank < world.world_size:
         raise ValueError(f"RANK={world.rank} must be in 0..WORLD_SIZE-1={world.world_size - 1}")
     return world

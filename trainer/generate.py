@@ -72,9 +72,7 @@ def generate(
         logits = model.decode(token.view(1, 1), cache, position)
 
 
-def _pick(
-    logits: torch.Tensor, config: GenerateConfig, generator: torch.Generator
-) -> torch.Tensor:
+def _pick(logits: torch.Tensor, config: GenerateConfig, generator: torch.Generator) -> torch.Tensor:
     """Draw one token from [vocab] logits."""
     if config.temperature == 0:
         return logits.argmax()

@@ -11,7 +11,7 @@ import torch
 
 from conf.schema import Config
 from models.causal_lm import CausalLM
-from models.spiking import spike_encoders
+from models.spiking import MAX_COUNT, spike_encoders
 from parallel.comm import all_reduce_sum, barrier, broadcast_object
 from parallel.engine import Engine
 from parallel.layout import build_layout
@@ -39,7 +39,7 @@ PROFILE_EVERY = 5
 """Every so many steps the time of each kind of layer is taken."""
 
 
-class RunFailed(RuntimeError):
+class RunFailedError(RuntimeError):
     """The run cannot go on and starting it again would not help (exit code 3)."""
 
 
@@ -113,7 +113,7 @@ class Trainer:
         """Train until `run.steps`, then write the report.
 
         Raises:
-            RunFailed: too many steps in a row without a finite loss and gradient.
+            RunFailedError: too many steps in a row without a finite loss and gradient.
             CheckpointWriteError: a checkpoint could not be written.
         """
         run = self.config.run
@@ -214,6 +214,7 @@ class Trainer:
         for i, (name, tensors) in enumerate(self.engine.full_state()):
             if i % self.mesh.world_size == self.mesh.rank:
                 shard |= {f"{kind}/{name}": t.cpu().clone() for kind, t in tensors.items()}
+        self.engine.absorb_communication(self.ledger, "checkpoint")
         try:
             self.store.write_shard(step, self.mesh.rank, shard)
         except CheckpointWriteError as raised:
@@ -301,7 +302,7 @@ class Trainer:
         flat = torch.cat([values, *histograms])
         flat = all_reduce_sum(flat, self.mesh, self.ledger).cpu()
         totals = dict(zip(scalars, flat[: len(scalars)].tolist(), strict=True))
-        rows = flat[len(scalars) :].view(len(histograms), -1)
+        rows = flat[len(scalars) :].split(MAX_COUNT + 1) if histograms else ()
         return totals, dict(zip(self.spikes, rows, strict=True))
 
     def _check_finite(self) -> None:
@@ -310,7 +311,7 @@ class Trainer:
             return
         steps = self.store.steps()
         last = self.store.folder / f"step_{steps[-1]:08d}" if steps else "none was written"
-        raise RunFailed(
+        raise RunFailedError(
             f"{limit} steps in a row had a loss or gradient that is not finite "
             f"(run.max_nonfinite_steps={limit}); last good checkpoint: {last}"
         )

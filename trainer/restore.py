@@ -1,6 +1,5 @@
 """A trained model from a run directory or one of its checkpoints, outside of training."""
 
-import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 

@@ -48,7 +48,8 @@ def open_run_dir(config: Config) -> tuple[Config, Path, FileLock]:
     lock = _try_lock(path)
     if lock is None:
         raise ValueError(
-            f"run.dir={path}: another process is training there; wait for it, or use another run.dir"
+            f"run.dir={path}: another process is training there; wait for it, or use another "
+            "run.dir"
         )
     config = _with_dir(config, path)
     if config.run.resume == "never" and (path / "metrics.jsonl").exists():

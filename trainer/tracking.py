@@ -52,7 +52,6 @@ class MLflowRun:
     """The run in MLflow; a resumed run keeps its id and gets no step twice."""
 
     def __init__(self, config: TrackingConfig, run_dir: Path, params: dict[str, Any]) -> None:
-        os_safe = run_dir.absolute()
         import mlflow
 
         run_dir = run_dir.absolute()

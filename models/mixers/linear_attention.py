@@ -1,4 +1,4 @@
-"""Gated linear attention with a low-rank gate (GLA, arXiv:2312.06635), as SpikingBrain-7B has it."""
+"""Gated linear attention with a low-rank gate (GLA, arXiv:2312.06635), as in SpikingBrain-7B."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -114,9 +114,7 @@ class LinearAttention(Mixer):
         return LinearState()
 
     def reset(self, std: float, out_std: float) -> None:
-        for projection in (self.q_proj, self.k_proj, self.v_proj):
-            projection.reset(std)
-        for projection in self.gk_proj:
+        for projection in (self.q_proj, self.k_proj, self.v_proj, *self.gk_proj):
             assert isinstance(projection, Projection)
             projection.reset(std)
         self.o_proj.reset(out_std)

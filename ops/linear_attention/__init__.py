@@ -1,6 +1,6 @@
 """Linear attention with optional scalar or per-channel decay (eq. 4, 10, 11 of arXiv:2509.05276).
 
-    S_t = diag(exp(log_decay_t)) S_{t-1} + k_t^T v_t        o_t = scale q_t S_t
+S_t = diag(exp(log_decay_t)) S_{t-1} + k_t^T v_t        o_t = scale q_t S_t
 """
 
 import torch

@@ -1,5 +1,7 @@
 """Definition of gated linear attention: the recurrence, one token at a time."""
 
+import itertools
+
 import torch
 
 
@@ -17,14 +19,14 @@ def linear_attention(
         rows = [(b, 0, q.shape[1]) for b in range(q.shape[0])]
     else:
         ends = cu_seqlens.tolist()
-        rows = [(0, start, stop) for start, stop in zip(ends[:-1], ends[1:], strict=True)]
+        rows = [(0, start, stop) for start, stop in itertools.pairwise(ends)]
     dtype = torch.promote_types(q.dtype, torch.float32)
     outs, finals = [], []
     for n, (b, start, stop) in enumerate(rows):
         initial = None if initial_state is None else initial_state[n].to(dtype)
         decay = None if log_decay is None else log_decay[b, start:stop].to(dtype).exp()
-        piece = [x[b, start:stop].to(dtype) for x in (q, k, v)]
-        out, final = _recurrence(*piece, decay, initial)
+        q_n, k_n, v_n = (x[b, start:stop].to(dtype) for x in (q, k, v))
+        out, final = _recurrence(q_n, k_n, v_n, decay, initial)
         outs.append(out * scale)
         finals.append(final)
     return torch.cat(outs).view(*q.shape[:3], v.shape[-1]).to(q.dtype), torch.stack(finals)

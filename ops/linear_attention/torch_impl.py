@@ -64,7 +64,9 @@ def linear_attention(
     return (out * scale).view(B, T, H, D_v).to(v.dtype), final
 
 
-def _chunk_grid(lengths: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _chunk_grid(
+    lengths: list[int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return (token of each chunk slot, slot of each token); None if the grid is the identity.
 
     Slots without a token name token number `sum(lengths)`, a row of zeros.
@@ -125,10 +127,10 @@ def _decayed_scores(
 
 
 class _StateScan(torch.autograd.Function):
-    """S entering each chunk, from every chunk's own contribution and decay, document by document."""
+    """S entering each chunk, from each chunk's own contribution and decay, by document."""
 
     @staticmethod
-    def forward(ctx, decay, local, initial_state, chunks_per_document):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def forward(ctx, decay, local, initial_state, chunks_per_document):  # type: ignore[no-untyped-def]
         states = torch.empty_like(local)
         finals = []
         chunk = 0
@@ -146,7 +148,7 @@ class _StateScan(torch.autograd.Function):
         return states, torch.stack(finals)
 
     @staticmethod
-    def backward(ctx, dstates, dfinals):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def backward(ctx, dstates, dfinals):  # type: ignore[no-untyped-def]
         decay, states = ctx.saved_tensors
         dlocal = torch.empty_like(dstates)
         dinitials = []
@@ -155,9 +157,7 @@ class _StateScan(torch.autograd.Function):
             dstate = dfinals[document]
             for c in reversed(range(chunk, chunk + count)):
                 dlocal[c] = dstate
-                dstate = dstates[c] + (
-                    dstate if decay is None else decay[c].unsqueeze(-1) * dstate
-                )
+                dstate = dstates[c] + (dstate if decay is None else decay[c].unsqueeze(-1) * dstate)
             chunk += count
             dinitials.append(dstate)
         ddecay = None

@@ -13,7 +13,7 @@ def spike_count(x: torch.Tensor, k: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 class _SpikeCount(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, k):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def forward(ctx, x, k):  # type: ignore[no-untyped-def]
         acc = torch.promote_types(x.dtype, torch.float32)
         threshold = x.abs().mean(-1, keepdim=True, dtype=acc).div_(k)
         threshold.clamp_(MIN_THRESHOLD, MAX_THRESHOLD)
@@ -23,6 +23,6 @@ class _SpikeCount(torch.autograd.Function):
         return count, threshold
 
     @staticmethod
-    def backward(ctx, dcount, _):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def backward(ctx, dcount, _):  # type: ignore[no-untyped-def]
         (threshold,) = ctx.saved_tensors
         return (dcount / threshold).to(dcount.dtype), None
