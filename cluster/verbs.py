@@ -104,7 +104,11 @@ def export(tree: dict[str, Any]) -> int:
 def bench(tree: dict[str, Any]) -> int:
     """Measure a suite, print its table, write its rows."""
     config = build(BenchConfig, tree)
+    from cluster.accelerators import load_accelerator
+    from cluster.env import apply_environment, rank_environment
     from trainer.bench import run_suite
 
-    run_suite(config)
+    accelerator = load_accelerator("cpu")
+    apply_environment(rank_environment(accelerator.deepspeed_name) | {"LOCAL_RANK": "0"})
+    run_suite(config, accelerator)
     return 0

@@ -49,7 +49,7 @@ class StepProfiler:
 
     def watch(self, model: CausalLM) -> None:
         """Charge the forward and backward passes of the model's parts to their kinds."""
-        self._watch(model.embed, "embedding_and_norms")
+        self._watch(model.embed, "embedding_and_norms", backward=False)  # its input has no gradient
         self._watch(model.norm, "embedding_and_norms")
         self._watch(model.head, "head_and_loss")
         for layer in model.layers:
@@ -63,9 +63,11 @@ class StepProfiler:
         """Return the mean seconds of each kind over the profiled steps."""
         return {kind: seconds / max(1, self.steps) for kind, seconds in self.seconds.items()}
 
-    def _watch(self, module: nn.Module, kind: str) -> None:
+    def _watch(self, module: nn.Module, kind: str, *, backward: bool = True) -> None:
         module.register_forward_pre_hook(lambda *_: self._enter(kind))
         module.register_forward_hook(lambda *_: self._leave())
+        if not backward:
+            return
         module.register_full_backward_pre_hook(lambda *_: self._enter(kind))
         module.register_full_backward_hook(lambda *_: self._leave())
 

@@ -1,21 +1,24 @@
 """Chunked linear attention in portable PyTorch (the chunk form of arXiv:2312.06635).
 
-Every document is cut into chunks of C tokens (the last one padded with keys of zero and no decay,
-which changes no state). With b_t the decay summed from the start of the chunk up to t,
-
-    A[i, j] = sum_d q[i, d] k[j, d] exp(b[i, d] - b[j, d])   for j <= i
-    out     = A v + (q exp(b)) S_in          S_out = exp(b_C) S_in + (k exp(b_C - b))^T v
-
-Everything but the scan of S over the chunks is batched over all chunks.
+Every document is cut into chunks of C tokens, the last one padded with keys of zero and no decay,
+which changes no state. Everything but the scan of the state over the chunks is batched over all
+chunks. Ordinary decays take `chunk.py`; where a chunk decays by more than exp(FACTOR_RANGE), the
+sub-chunks below keep every exponent at or below zero.
 """
 
 import torch
 import torch.nn.functional as F
 
+from ops.linear_attention.chunk import (
+    FACTOR_RANGE,
+    Chunks,
+    chunk_linear_attention,
+    scan_states,
+    scan_states_backward,
+)
+
 CHUNK_SIZE = 64
 SUB_CHUNK_SIZE = 16
-FACTOR_RANGE = 40.0
-"""Decay inside a chunk (natural log) up to which exp(b_i - b_j) is computed as two factors."""
 MIN_LOG_DECAY = -1e4
 
 
@@ -39,26 +42,16 @@ def linear_attention(
     q = q.view(*q.shape[:3], -1, D_k).transpose(2, 3)  # [n, H_state, G, C, D_k]
     k = _to_chunks(k.reshape(B * T, H_state, D_k), grid)  # [n, H_state, C, D_k]
     v = _to_chunks(v.reshape(B * T, H_state, D_v), grid)
-    n, _, G, C, _ = q.shape
-    if log_decay is None:
-        scores = (q @ k.unsqueeze(2).transpose(-1, -2)).tril()
-        q_in, k_out, chunk_decay = q, k, None
-    else:
-        decay = log_decay.to(acc).clamp(min=MIN_LOG_DECAY).reshape(B * T, H_state, -1)
-        decay = _to_chunks(decay, grid).double()  # [n, H_state, C, D_k or 1]
-        cumulative = decay.cumsum(2)
-        scores = _decayed_scores(q, k, cumulative, acc)
-        q_in = (q * cumulative.exp().to(acc).unsqueeze(2)).to(v.dtype)
-        total = cumulative[:, :, -1:]
-        k_out = (k * (total - cumulative).exp().to(acc)).to(v.dtype)
-        chunk_decay = total.squeeze(2).exp().to(acc)  # [n, H_state, D_k or 1]
-    local = (k_out.transpose(-1, -2) @ v).to(acc)  # [n, H_state, D_k, D_v]
     chunks_per_document = [-(-length // CHUNK_SIZE) for length in lengths]
-    states, final = _StateScan.apply(chunk_decay, local, initial_state, chunks_per_document)
-
-    q_in = q_in.reshape(n, H_state, G * C, D_k)
-    out = scores.view(n, H_state, G * C, C).to(v.dtype) @ v + q_in @ states.to(v.dtype)
-    out = out.view(n, H_state, G, C, D_v).permute(0, 3, 1, 2, 4).reshape(n * C, H, D_v)
+    if log_decay is not None:
+        log_decay = log_decay.to(acc).clamp(min=MIN_LOG_DECAY).reshape(B * T, H_state, -1)
+        log_decay = _to_chunks(log_decay, grid)
+    chunks = Chunks(q, k, v, log_decay)
+    if log_decay is None or _range(log_decay) <= FACTOR_RANGE:
+        out, final = chunk_linear_attention(chunks, initial_state, chunks_per_document)
+    else:
+        out, final = _sub_chunked(chunks, initial_state, chunks_per_document)
+    out = out.permute(0, 3, 1, 2, 4).reshape(-1, H, D_v)
     if grid is not None:
         out = out[grid[1]]
     return (out * scale).view(B, T, H, D_v).to(v.dtype), final
@@ -90,24 +83,42 @@ def _to_chunks(x: torch.Tensor, grid: tuple[torch.Tensor, torch.Tensor] | None) 
     return x.view(-1, CHUNK_SIZE, *x.shape[1:]).transpose(1, 2)
 
 
+def _range(log_decay: torch.Tensor) -> float:
+    """Return the largest sum of decays between the first and last token of a chunk."""
+    return -float(log_decay.detach()[:, :, 1:].sum(2).min())
+
+
+def _sub_chunked(
+    chunks: Chunks, initial_state: torch.Tensor | None, chunks_per_document: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The chunk form for any decay, differentiated by autograd."""
+    q, k, v, log_decay = chunks
+    assert log_decay is not None, "without decay there is nothing to split for"
+    n, H, G, C, D_k = q.shape
+    acc = log_decay.dtype
+    cumulative = log_decay.double().cumsum(2)
+    total = cumulative[:, :, -1:]
+    k_out = (k * (total - cumulative).exp().to(acc)).to(v.dtype)
+    local = (k_out.transpose(-1, -2) @ v).to(acc)
+    decay = total.squeeze(2).exp().to(acc)
+    states, final = _StateScan.apply(decay, local, initial_state, chunks_per_document)
+    q_in = (q * cumulative.exp().to(acc).unsqueeze(2)).to(v.dtype).reshape(n, H, G * C, D_k)
+    scores = _decayed_scores(q, k, cumulative, acc).view(n, H, G * C, C).to(v.dtype)
+    out = scores @ v + q_in @ states.to(v.dtype)
+    return out.view(n, H, G, C, v.shape[-1]), final
+
+
 def _decayed_scores(
     q: torch.Tensor, k: torch.Tensor, cumulative: torch.Tensor, acc: torch.dtype
 ) -> torch.Tensor:
     """Return the lower triangle A of the module docstring, [n, H_state, G, C, C].
 
+    Sub-chunks have their own reference point, so that no exponent is positive.
+
     Args:
         q: [n, H_state, G, C, D]; k: [n, H_state, C, D].
         cumulative: float64 [n, H_state, C, D or 1], decay summed from the start of the chunk.
     """
-    spread = float((cumulative[:, :, 0] - cumulative[:, :, -1]).detach().max())
-    if spread <= FACTOR_RANGE:
-        # Both factors stay within exp(+-FACTOR_RANGE / 2), so neither loses precision.
-        middle = (cumulative[:, :, :1] + cumulative[:, :, -1:]).detach() / 2
-        q = (q * (cumulative - middle).exp().to(acc).unsqueeze(2)).to(k.dtype)
-        k = (k * (middle - cumulative).exp().to(acc)).to(k.dtype)
-        return (q @ k.unsqueeze(2).transpose(-1, -2)).tril()
-
-    # Sub-chunks with their own reference point: no exponent is positive, whatever the decay.
     c, C = SUB_CHUNK_SIZE, q.shape[-2]
     causal = torch.ones(c, c, dtype=torch.bool, device=q.device).tril()
     rows = []
@@ -127,45 +138,22 @@ def _decayed_scores(
 
 
 class _StateScan(torch.autograd.Function):
-    """S entering each chunk, from each chunk's own contribution and decay, by document."""
+    """`scan_states`, differentiable."""
 
     @staticmethod
     def forward(ctx, decay, local, initial_state, chunks_per_document):  # type: ignore[no-untyped-def]
-        states = torch.empty_like(local)
-        finals = []
-        chunk = 0
-        for document, count in enumerate(chunks_per_document):
-            state = torch.zeros_like(local[0]) if initial_state is None else initial_state[document]
-            state = state.to(local.dtype)
-            for c in range(chunk, chunk + count):
-                states[c] = state
-                state = local[c] + (state if decay is None else decay[c].unsqueeze(-1) * state)
-            chunk += count
-            finals.append(state)
+        states, finals = scan_states(decay, local, initial_state, chunks_per_document)
         ctx.save_for_backward(decay, states)
         ctx.chunks_per_document = chunks_per_document
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
-        return states, torch.stack(finals)
+        return states, finals
 
     @staticmethod
     def backward(ctx, dstates, dfinals):  # type: ignore[no-untyped-def]
         decay, states = ctx.saved_tensors
-        dlocal = torch.empty_like(dstates)
-        dinitials = []
-        chunk = 0
-        for document, count in enumerate(ctx.chunks_per_document):
-            dstate = dfinals[document]
-            for c in reversed(range(chunk, chunk + count)):
-                dlocal[c] = dstate
-                dstate = dstates[c] + (dstate if decay is None else decay[c].unsqueeze(-1) * dstate)
-            chunk += count
-            dinitials.append(dstate)
-        ddecay = None
-        if decay is not None:
-            ddecay = (dlocal * states).sum(-1)
-            if decay.shape[-1] == 1:
-                ddecay = ddecay.sum(-1, keepdim=True)
-        dinitial = None
-        if ctx.initial_dtype is not None:
-            dinitial = torch.stack(dinitials).to(ctx.initial_dtype)
+        dlocal, dinitial = scan_states_backward(decay, dstates, dfinals, ctx.chunks_per_document)
+        ddecay = (dlocal * states).sum(-1)
+        if decay.shape[-1] == 1:
+            ddecay = ddecay.sum(-1, keepdim=True)
+        dinitial = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
         return ddecay, dlocal, dinitial, None

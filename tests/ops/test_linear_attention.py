@@ -1,0 +1,280 @@
+"""Linear attention: the recurrence against a masked product, the implementations against it."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers.assertions import assert_close
+
+from ops.linear_attention import linear_attention, linear_attention_step
+
+IMPLEMENTATIONS = ("torch",)
+NAMES = ("q", "k", "v", "log_decay", "initial_state")
+
+
+class Case(NamedTuple):
+    """One row: documents packed in a row, or the rows of a batch of equally long ones."""
+
+    lengths: tuple[int, ...]
+    H: int = 2
+    H_state: int = 2
+    D: int = 32
+    D_v: int | None = None
+    decay: str | None = "vector"
+    initial_state: bool = False
+    packed: bool = True
+
+    def __str__(self) -> str:
+        lengths = "+".join(map(str, self.lengths)) if self.packed else f"{len(self.lengths)}x"
+        shape = f"T{lengths}-H{self.H}/{self.H_state}-D{self.D}"
+        value = f"-Dv{self.D_v}" if self.D_v else ""
+        return f"{shape}{value}-{self.decay}{'-state' if self.initial_state else ''}"
+
+
+CASES = [
+    *[Case((T,), decay=decay) for T in (1, 63, 64, 65, 300) for decay in (None, "scalar", "vector")],
+    *[Case((65,), decay=f"{size}-{cut}") for size in ("scalar", "vector") for cut in ("50", "inf")],
+    Case((300,), decay="vector-50", initial_state=True),
+    Case((100,), decay="vector-strong"),
+    Case((100,), decay="scalar-strong", initial_state=True),
+    Case((64,), decay=None, initial_state=True),
+    Case((65,), decay="scalar", initial_state=True),
+    Case((63, 63, 63), packed=False, initial_state=True),
+    Case((128, 128), packed=False, decay=None),
+    Case((1, 70, 1, 28), initial_state=True),
+    Case((1, 130, 5), decay="scalar", initial_state=True),
+    Case((5, 64, 64, 1), decay=None, initial_state=True),
+    Case((3, 70), decay="vector-inf", initial_state=True),
+    Case((100,), H=3, H_state=3, D=64),
+    Case((70,), H=6, H_state=2, initial_state=True),
+    Case((70, 2), H=7, H_state=1, decay="scalar", initial_state=True),
+    Case((65,), H=7, H_state=1, decay="vector-strong"),
+    Case((70,), H=6, H_state=2, D=32, D_v=64, decay=None),
+    Case((65, 1), H=3, H_state=1, D=64, D_v=32, initial_state=True),
+]  # fmt: skip
+SMALL = [case for case in CASES if sum(case.lengths) <= 140]
+
+
+class Inputs(NamedTuple):
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    log_decay: torch.Tensor | None
+    initial_state: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+
+
+def make_inputs(case: Case, dtype: torch.dtype = torch.float64, *, strided: bool = False) -> Inputs:
+    """Draw the inputs of a case, rounded to `dtype`; decay and state stay in the state's dtype."""
+    B, T = (1, sum(case.lengths)) if case.packed else (len(case.lengths), case.lengths[0])
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def draw(*shape: int) -> torch.Tensor:
+        if strided:  # heads and tokens swapped in memory, channels a slice of twice as many
+            *outer, T, H, D = shape
+            return torch.randn(*outer, H, T, 2 * D).transpose(-2, -3)[..., ::2].to(dtype)
+        return torch.randn(shape).to(dtype)
+
+    q = draw(B, T, case.H, case.D)
+    k = draw(B, T, case.H_state, case.D) * case.D**-0.5
+    v = draw(B, T, case.H_state, case.D_v or case.D)
+    state = None
+    if case.initial_state:
+        state = torch.randn(len(case.lengths), case.H_state, case.D, v.shape[-1], dtype=wide)
+    cu_seqlens = None
+    if case.packed:
+        cu_seqlens = torch.tensor([0, *case.lengths], dtype=torch.int32).cumsum(0).int()
+    decay = None if case.decay is None else make_decay(case, B, T).to(wide)
+    return Inputs(q, k, v, decay, state, cu_seqlens)
+
+
+def make_decay(case: Case, B: int, T: int) -> torch.Tensor:
+    """Draw decay of -0.2 to 0 a token (strong: -10 to 0), cut in mid-sequence by -50 or -inf."""
+    size, _, extreme = str(case.decay).partition("-")
+    shape = (B, T, case.H_state) if size == "scalar" else (B, T, case.H_state, case.D)
+    decay = torch.rand(shape) * (-10 if extreme == "strong" else -0.2)
+    if extreme in ("50", "inf"):
+        decay[:, T // 2] = -float(extreme)
+    return decay
+
+
+def masked_product(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out and final states from the T x T table of decays, without a recurrence."""
+    B, T, H, D = x.q.shape
+    group = H // x.k.shape[2]
+    decay = torch.ones_like(x.k) if x.log_decay is None else x.log_decay.exp()
+    decay = (decay if decay.dim() == 4 else decay[..., None]).expand_as(x.k)
+    ends = [0, T] if x.cu_seqlens is None else x.cu_seqlens.tolist()
+    outs, finals = [], []
+    for b in range(B):
+        for start, stop in zip(ends[:-1], ends[1:], strict=True):
+            q, k, v, g = (t[b, start:stop] for t in (x.q, x.k, x.v, decay))
+            t = torch.arange(stop - start)
+            later = (t[None] > t[:, None])[..., None, None]
+            kept = torch.where(later, g[None], 1.0).cumprod(1)  # [s, t, H_state, D]
+            kept = kept * (t[None] >= t[:, None])[..., None, None]
+            weighted = kept * k[:, None]
+            scores = torch.einsum("thd,sthd->hts", q, weighted.repeat_interleave(group, 2))
+            out = torch.einsum("hts,shv->thv", scores, v.repeat_interleave(group, 1))
+            final = torch.einsum("shd,shv->hdv", weighted[:, -1], v)
+            if x.initial_state is not None:
+                since = g.cumprod(0)
+                state = x.initial_state[len(finals)]
+                entering = since[..., None] * state  # [t, H_state, D_k, D_v]
+                out = out + torch.einsum("thd,thdv->thv", q, entering.repeat_interleave(group, 1))
+                final = final + entering[-1]
+            outs.append(out * D**-0.5)
+            finals.append(final)
+    return torch.cat(outs).view(B, T, H, -1), torch.stack(finals)
+
+
+def run(x: Inputs, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+    out, final = linear_attention(
+        x.q,
+        x.k,
+        x.v,
+        x.log_decay,
+        initial_state=x.initial_state,
+        output_final_state=True,
+        cu_seqlens=x.cu_seqlens,
+        impl=impl,
+    )
+    assert final is not None
+    return out, final
+
+
+def outputs_and_gradients(x: Inputs, impl: str | None) -> dict[str, torch.Tensor]:
+    """Return out, final_state and the gradients of a random function of both."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in x[:5]]
+    y = Inputs(*leaves, x.cu_seqlens)
+    out, final = masked_product(y) if impl is None else run(y, impl)
+    generator = torch.Generator().manual_seed(5)
+    dout = torch.randn(out.shape, generator=generator).to(x.q.dtype)
+    dfinal = torch.randn(final.shape, generator=generator)
+    loss = (out.double() * dout.double()).sum() + (final.double() * dfinal.double()).sum()
+    named = {n: t for n, t in zip(NAMES, leaves, strict=True) if t is not None}
+    gradients = torch.autograd.grad(loss, list(named.values()))
+    results = {f"d{name}": g for name, g in zip(named, gradients, strict=True)}
+    return {"out": out.detach(), "final_state": final.detach()} | results
+
+
+def to_double(x: Inputs) -> Inputs:
+    *tensors, cu_seqlens = x
+    return Inputs(*(None if t is None else t.double() for t in tensors), cu_seqlens)
+
+
+def assert_all_close(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert_close(name, actual[name], expected[name], dtype)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_reference_equals_the_masked_product(case: Case) -> None:
+    x = make_inputs(case)
+    assert_all_close(
+        outputs_and_gradients(x, "reference"), outputs_and_gradients(x, None), torch.float64
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_implementation_equals_the_reference(case: Case, dtype: torch.dtype, impl: str) -> None:
+    x = make_inputs(case, dtype)
+    actual = outputs_and_gradients(x, impl)
+    assert actual["out"].dtype == dtype
+    assert actual["final_state"].dtype == torch.promote_types(dtype, torch.float32)
+    assert_all_close(actual, outputs_and_gradients(to_double(x), "reference"), dtype)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_inputs_need_not_be_contiguous(impl: str) -> None:
+    x = make_inputs(Case((70, 3), H=6, H_state=2, initial_state=True), torch.float32, strided=True)
+    assert not any(t.is_contiguous() or t.stride(-1) == 1 for t in x[:3] if t is not None)
+    dense = Inputs(*(None if t is None else t.contiguous() for t in x))
+    strided, expected = outputs_and_gradients(x, impl), outputs_and_gradients(dense, impl)
+    assert_all_close(strided, expected, torch.float32)
+
+
+@pytest.mark.parametrize("impl", ("reference", *IMPLEMENTATIONS))
+def test_state_is_returned_on_request_and_scale_multiplies_the_output(impl: str) -> None:
+    x = make_inputs(Case((70,)), torch.float32)
+    out, none = linear_attention(x.q, x.k, x.v, x.log_decay, impl=impl)
+    assert none is None
+    scaled, _ = linear_attention(x.q, x.k, x.v, x.log_decay, scale=3 * 32**-0.5, impl=impl)
+    assert_close("scaled", scaled, 3 * out, torch.float32)
+
+
+@pytest.mark.parametrize("impl", ("reference", *IMPLEMENTATIONS))
+@pytest.mark.parametrize("decay", [None, "scalar", "vector"])
+def test_two_halves_chained_by_the_state_equal_the_whole(decay: str | None, impl: str) -> None:
+    x = make_inputs(Case((100,), H=6, decay=decay, initial_state=True, packed=False))
+    out, final = run(x, impl)
+    halves = []
+    state = x.initial_state
+    for part in (slice(0, 37), slice(37, 100)):
+        tensors = [None if t is None else t[:, part] for t in x[:4]]
+        half, state = run(Inputs(*tensors, state, None), impl)
+        halves.append(half)
+    assert_close("out", torch.cat(halves, 1), out, torch.float64)
+    assert_close("final_state", state, final, torch.float64)
+
+
+@pytest.mark.parametrize(("H", "H_state"), [(2, 2), (6, 2), (7, 1)])
+@pytest.mark.parametrize("decay", [None, "scalar", "vector", "vector-50", "scalar-inf"])
+def test_step_by_step_equals_the_parallel_form(decay: str | None, H: int, H_state: int) -> None:
+    case = Case((67, 67), H=H, H_state=H_state, decay=decay, initial_state=True, packed=False)
+    x = make_inputs(case, torch.float32)
+    assert x.initial_state is not None
+    state = x.initial_state.clone()
+    outs = []
+    for t in range(67):
+        step = [None if tensor is None else tensor[:, t] for tensor in x[:4]]
+        outs.append(linear_attention_step(*step, state))
+    out, final = run(x, "torch")
+    assert_close("out", torch.stack(outs, 1), out, torch.float32)
+    assert_close("final_state", state, final, torch.float32)
+
+
+def test_step_reads_with_the_given_scale_and_keeps_the_dtype() -> None:
+    q, k, v = (torch.randn(1, 2, 8).bfloat16() for _ in range(3))
+    first = linear_attention_step(q, k, v, None, torch.zeros(1, 2, 8, 8), scale=1.0)
+    second = linear_attention_step(q, k, v, None, torch.zeros(1, 2, 8, 8), scale=2.0)
+    assert first.dtype == torch.bfloat16
+    assert torch.equal(2 * first, second)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": (1, 9, 2, 8)}, "must be .B, T, H_state, D."),
+        ({"k": (1, 10, 2, 6)}, "must be .B, T, H_state, D."),
+        ({"v": (2, 10, 2, 8)}, "must be .B, T, H_state, D."),
+        ({"k": (1, 10, 3, 8), "v": (1, 10, 3, 8)}, "3 state heads must divide the 4"),
+        ({"log_decay": (1, 10, 4)}, "log_decay .1, 10, 4. must be"),
+        ({"log_decay": (1, 10, 2, 1)}, "log_decay .1, 10, 2, 1. must be"),
+        ({"initial_state": (2, 2, 8, 8)}, "initial_state .2, 2, 8, 8. must be .1, 2, 8, 8."),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(
+    change: dict[str, tuple[int, ...]], message: str
+) -> None:
+    shapes = {"q": (1, 10, 4, 8), "k": (1, 10, 2, 8), "v": (1, 10, 2, 8)} | change
+    x = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        linear_attention(**x)
+
+
+def test_packing_is_for_one_row_and_states_are_one_per_document() -> None:
+    x = torch.zeros(2, 10, 1, 8)
+    cu_seqlens = torch.tensor([0, 4, 10], dtype=torch.int32)
+    with pytest.raises(ValueError, match="B=1, not B=2"):
+        linear_attention(x, x, x, cu_seqlens=cu_seqlens)
+    state = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"must be \(2, 1, 8, 8\)"):
+        linear_attention(x[:1], x[:1], x[:1], cu_seqlens=cu_seqlens, initial_state=state)
+    with pytest.raises(ValueError, match="ops.linear_attention=cuda: no such implementation"):
+        linear_attention(x, x, x, impl="cuda")
