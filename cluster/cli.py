@@ -3,7 +3,6 @@
 Config errors end with exit code 2 and one line, before any process or device is touched.
 """
 
-import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cluster import verbs
-from cluster.env import apply_environment
+from cluster.env import apply_environment, configure_logging, process_environment
 from cluster.errors import describe
 
 WRONG_CONFIG, INTERRUPTED = 2, 130
@@ -46,9 +45,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run `longaxon <arguments>` and return the exit code."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    for noisy in ("DeepSpeed", "alembic", "mlflow", "httpx", "datasets", "filelock", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    configure_logging()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if arguments else WRONG_CONFIG
@@ -56,7 +53,7 @@ def run(arguments: list[str]) -> int:
         print(f"longaxon: no verb {arguments[0]!r}\n{_usage()}", file=sys.stderr)
         return WRONG_CONFIG
     verb, *overrides = arguments
-    apply_environment({"HYDRA_FULL_ERROR": "1"})  # errors come here instead of Hydra's exit
+    apply_environment(process_environment())
     try:
         return _run_verb(verb, overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -69,17 +66,25 @@ def run(arguments: list[str]) -> int:
 
 def _run_verb(verb: str, overrides: list[str]) -> int:
     """Compose the verb's config and run it (each job of it, with --multirun)."""
-    codes = []
+    codes: list[int] = []
+    wrong: list[Exception] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=verb)
     def job(config: DictConfig) -> None:
-        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        assert isinstance(tree, dict), "a verb's config is a mapping"
-        codes.append(VERBS[verb][0]({str(key): value for key, value in tree.items()}))
+        try:
+            tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            assert isinstance(tree, dict), "a verb's config is a mapping"
+            codes.append(VERBS[verb][0]({str(key): value for key, value in tree.items()}))
+        except (OmegaConfBaseException, ValueError) as error:
+            wrong.append(error)  # kept from Hydra, which would add a line of its own
 
     quiet = [] if _asks_hydra(overrides) else list(QUIET)
-    sys.argv = [f"longaxon {verb}", *quiet, *overrides]
+    # Hydra wants all overrides in one piece, options before or after it.
+    first = next((i for i, o in enumerate(overrides) if "=" in o and o[0] != "-"), 0)
+    sys.argv = [f"longaxon {verb}", *overrides[:first], *quiet, *overrides[first:]]
     job()
+    if wrong:
+        raise wrong[0]
     return max(codes, default=0)
 
 

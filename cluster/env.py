@@ -1,8 +1,20 @@
-"""The environment a rank needs before DeepSpeed, Ray and MLflow are imported."""
+"""The environment a rank needs before DeepSpeed, Ray and MLflow are imported, and its log."""
 
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
+
+
+def process_environment() -> dict[str, str]:
+    """Return the variables of every process, to be set before PyTorch is imported."""
+    variables = {"HYDRA_FULL_ERROR": "1"}  # errors come to us instead of Hydra's exit
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        # Waiting threads spin for milliseconds by default: where other work shares the cores, they
+        # take them from the thread they wait for, and a step took ten times as long.
+        variables["GOMP_SPINCOUNT"] = "1000"
+    return variables
 
 
 def rank_environment(deepspeed_name: str) -> dict[str, str]:
@@ -22,3 +34,17 @@ def rank_environment(deepspeed_name: str) -> dict[str, str]:
 def apply_environment(variables: dict[str, str]) -> None:
     """Set the variables in this process."""
     os.environ.update(variables)
+
+
+def configure_logging(rank: int = 0) -> None:
+    """Log to standard error, of rank 0 what a person wants to know, of the others warnings."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    for noisy in ("DeepSpeed", "alembic", "mlflow", "httpx", "datasets", "filelock", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # DeepSpeed calls functions that PyTorch is about to rename, which no user can change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if rank:
+        root = logging.getLogger()
+        root.setLevel(logging.WARNING)
+        for handler in root.handlers:
+            handler.setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))

@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 from pydantic import ValidationError
 
 
@@ -17,10 +18,17 @@ def describe(error: Exception, verb: str) -> str:
         defaults = _defaults(verb)
         lines = [line for item in error.errors() for line in _item_lines(item, (), defaults)]
         return "\n  ".join(lines)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is required and was not given; add {error.full_key}=..."
     text = str(error).strip()
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
         return _unknown_key(unknown[1], _defaults(verb))
+    choice = re.search(r"Could not find '([^']+)/([^/']+)'\s+Available options in '[^']+':", text)
+    if choice:
+        group, name = choice.groups()
+        names = ", ".join(text[choice.end() :].partition("Config search path:")[0].split())
+        return f"{group}={name}: no such choice; there is {names}"
     if isinstance(error, HydraException) and error.__cause__ is not None:
         text += f" ({str(error.__cause__).splitlines()[0]})"
     text = text.partition("Config search path:")[0].strip()
@@ -39,16 +47,20 @@ def _item_lines(item: Any, prefix: tuple[str | int, ...], defaults: dict[str, An
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "missing":
         return [f"{key} is required and was not given"]
-    default = defaults.get(key)
-    given = item["input"]
+    default, given = defaults.get(key), item["input"]
+    if isinstance(given, dict):  # a check across fields, whose message begins with one of them
+        return [f"{key}.{message}"]
     remedy = f"; {key}={default} works" if default is not None and default != given else ""
     return [f"{key}={given!r}: {message[0].lower()}{message[1:]}{remedy}"]
 
 
 def _unknown_key(key: str, defaults: dict[str, Any]) -> str:
-    near = difflib.get_close_matches(key, defaults, n=3, cutoff=0.5)
-    siblings = [k for k in defaults if k.rpartition(".")[0] == key.rpartition(".")[0]]
-    names = ", ".join(near or siblings[:12])
+    section = key.rpartition(".")[0]
+    sections = dict.fromkeys(k[: k.index(".")] for k in defaults if "." in k)
+    known = [*sections, *defaults]
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    siblings = [k for k in known if k.rpartition(".")[0] == section]
+    names = ", ".join(near or siblings[:20])
     return f"{key}: no such key; there is {names}" if names else f"{key}: no such key"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cluster.env import apply_environment, rank_environment
+from cluster.env import apply_environment, configure_logging, rank_environment
 from conf.schema import Config
 from parallel.mesh import World, read_world
 from trainer.accelerator import Accelerator
@@ -31,6 +31,7 @@ def launch(config: Config, accelerator: Accelerator) -> int:
 
 def run_rank(config: Config, accelerator: Accelerator, world: World) -> int:
     """Train as one rank of the world; return the exit code."""
+    configure_logging(world.rank)
     apply_environment({"LOCAL_RANK": str(world.local_rank)})  # DeepSpeed insists on it
     threads = config.run.num_threads or max(1, (os.cpu_count() or 1) // world.local_size)
     torch.set_num_threads(threads)

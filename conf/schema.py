@@ -70,7 +70,8 @@ class RunConfig:
     seed: NonNegativeInt
     """Seed of the initialisation and of the order of the samples."""
     resume: str
-    """auto: continue from the newest complete checkpoint; never; or the path of a checkpoint."""
+    """auto: continue from the newest complete checkpoint; never; or the path of another run's
+    checkpoint to start from while this run has none."""
     log_every: PositiveInt
     """Steps between two plain log lines (metrics.jsonl has every step)."""
     num_threads: NonNegativeInt

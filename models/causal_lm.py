@@ -209,6 +209,9 @@ class CausalLM(nn.Module):
                 for _, mixer in layer.mixer.named_branches():
                     mixer.reset(std, out_std)
                 layer.ffn.reset(std, out_std)
+            for module in self.modules():
+                if isinstance(module, RMSNorm):
+                    nn.init.ones_(module.weight)
 
 
 def layer_list(config: ModelConfig) -> list[LayerConfig]:

@@ -24,12 +24,6 @@ def all_reduce_sum(x: torch.Tensor, mesh: Mesh, ledger: Ledger, axis: str = "dp"
     return x
 
 
-def barrier(mesh: Mesh) -> None:
-    """Wait for every rank of the world."""
-    if mesh.world_size > 1:
-        dist.barrier()
-
-
 def broadcast_object(value: str | None, mesh: Mesh) -> str | None:
     """Return rank 0's `value` on every rank; every rank must call."""
     if mesh.world_size == 1:

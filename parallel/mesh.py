@@ -23,7 +23,8 @@ def read_world() -> World:
     """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one rank where they are not set.
 
     Raises:
-        ValueError: a variable is not a number or the rank is outside the world.
+        ValueError: a variable is not a number, the rank is outside the world, or there are several
+            ranks and no MASTER_ADDR and MASTER_PORT to meet at.
     """
     try:
         world = World(
@@ -38,6 +39,12 @@ def read_world() -> World:
         ) from error
     if not 0 <= world.rank < world.world_size:
         raise ValueError(f"RANK={world.rank} must be in 0..WORLD_SIZE-1={world.world_size - 1}")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and world.world_size > 1:
+        raise ValueError(
+            f"WORLD_SIZE={world.world_size} needs {' and '.join(missing)}, where the ranks meet; "
+            "torchrun sets them"
+        )
     return world
 
 
@@ -68,11 +75,7 @@ class Mesh:
 
 
 def init_mesh(world: World, device: torch.device, backend: str, timeout_seconds: float) -> Mesh:
-    """Join the process group of the world, unless the launcher has done so, and return the mesh.
-
-    Raises:
-        ValueError: several ranks, but no MASTER_ADDR and MASTER_PORT to meet at.
-    """
+    """Join the process group of the world, unless the launcher has done so, and return the mesh."""
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
         if world.world_size == 1:
@@ -80,9 +83,6 @@ def init_mesh(world: World, device: torch.device, backend: str, timeout_seconds:
                 backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
             )
         else:
-            missing = [v for v in ("MASTER_ADDR", "MASTER_PORT") if v not in os.environ]
-            if missing:
-                raise ValueError(f"{' and '.join(missing)} must be set for WORLD_SIZE > 1")
             dist.init_process_group(
                 backend, rank=world.rank, world_size=world.world_size, timeout=timeout
             )

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from conf.schema import Config
 from models.causal_lm import CausalLM
 from models.spiking import MAX_COUNT, spike_encoders
-from parallel.comm import all_reduce_sum, barrier, broadcast_object
+from parallel.comm import all_reduce_sum, broadcast_object
 from parallel.engine import Engine
 from parallel.layout import build_layout
 from parallel.ledger import Ledger
@@ -206,32 +207,44 @@ class Trainer:
         Raises:
             CheckpointWriteError: on every rank if one could not write; earlier ones are intact.
         """
-        step, error = self.state.step, None
-        if self.mesh.rank == 0:
-            self.store.begin(step)
-        barrier(self.mesh)
+        step, first = self.state.step, self.mesh.rank == 0
+        self._write(lambda: self.store.begin(step), first)
         shard: dict[str, torch.Tensor] = {}
         for i, (name, tensors) in enumerate(self.engine.full_state()):
             if i % self.mesh.world_size == self.mesh.rank:
                 shard |= {f"{kind}/{name}": t.cpu().clone() for kind, t in tensors.items()}
         self.engine.absorb_communication(self.ledger, "checkpoint")
+        self._write(lambda: self.store.write_shard(step, self.mesh.rank, shard))
+        self.recorder.flush()
+        state, num_shards = dataclasses.asdict(self.state), self.mesh.world_size
+        self._write(lambda: self.store.commit(step, state, num_shards), first)
+        logger.info("checkpoint: %s", self.store.folder / f"step_{step:08d}")
+
+    def _write(self, write: Callable[[], object], here: bool = True) -> None:
+        """Write on the ranks that say `here`; if one cannot, every rank raises."""
+        error = None
         try:
-            self.store.write_shard(step, self.mesh.rank, shard)
+            if here:
+                write()
         except CheckpointWriteError as raised:
             error = raised
         failed = torch.tensor([float(error is not None)], device=self.mesh.device)
-        if float(all_reduce_sum(failed, self.mesh, self.ledger)):
-            raise error or CheckpointWriteError(f"another rank could not write step {step}")
-        if self.mesh.rank == 0:
-            path = self.store.commit(step, dataclasses.asdict(self.state), self.mesh.world_size)
-            logger.info("checkpoint: %s", path)
-            self.recorder.flush()
+        if float(all_reduce_sum(failed, self.mesh, self.ledger, "checkpoint")):
+            raise error or CheckpointWriteError("another rank could not write the checkpoint")
 
     def _find_checkpoint(self) -> Path | None:
-        """Return the checkpoint to continue from, if there is one, and take its state."""
+        """Return the checkpoint to continue from, if there is one, and take its state.
+
+        The run's own newest one comes before the one that `run.resume` names to start from.
+        """
         resume, found = self.config.run.resume, None
         if self.mesh.rank == 0 and resume != "never":
-            found = self.store.latest() if resume == "auto" else resolve(resume)
+            try:
+                found = self.store.latest()
+                if found is None and resume != "auto":
+                    found = resolve(resume)
+            except ValueError as error:
+                raise RunFailedError(str(error)) from error
         path = broadcast_object(None if found is None else str(found), self.mesh)
         if path is None:
             return None

@@ -21,7 +21,7 @@ from parallel.mesh import Mesh
 from trainer.accelerator import Accelerator
 from trainer.profiler import StepProfiler
 from trainer.report import write_report
-from trainer.run_dir import config_tree, flatten, save_config
+from trainer.run_dir import FINISHED, config_tree, flatten
 from trainer.tracking import MetricsFile, MLflowRun
 
 logger = logging.getLogger(__name__)
@@ -54,11 +54,12 @@ class Recorder:
         self.mlflow: MLflowRun | None = None
 
     def start(self, step: int) -> None:
-        """Save the config and cut the metrics back to `step`, the position of the weights."""
+        """Cut the metrics back to `step`, the position of the weights."""
         if self.mesh.rank:
             return
-        save_config(self.config, self.run_dir)
         self.metrics.truncate_after(step)
+        if step < self.config.run.steps:
+            (self.run_dir / FINISHED).unlink(missing_ok=True)
         if self.config.tracking.mlflow:
             params = flatten(config_tree(self.config))
             self.mlflow = MLflowRun(self.config.tracking, self.run_dir, params)
@@ -93,7 +94,10 @@ class Recorder:
             self.write_profile()
 
     def flush(self) -> None:
-        """Hand what is pending to MLflow."""
+        """Bring the metrics to the disk and hand what is pending to MLflow."""
+        if self.mesh.rank:
+            return
+        self.metrics.sync()
         if self.mlflow is not None and self.pending:
             self.mlflow.log(self.pending)
             self.pending = []
@@ -104,7 +108,7 @@ class Recorder:
             return
         self.write_profile()
         report = write_report(self.run_dir)
-        (self.run_dir / "finished").touch()
+        (self.run_dir / FINISHED).touch()
         self.flush()
         if self.mlflow is not None:
             for name in ("report.json", "report.html", "comm.json", "config.yaml"):
@@ -121,7 +125,9 @@ class Recorder:
 
     def write_profile(self) -> None:
         """Write profile.json (what was measured, by kind of layer) and comm.json."""
-        steps = max(1, self.ledger.steps)
+        if not self.ledger.steps:
+            return  # a finished run, started again: what it has measured stays
+        steps = self.ledger.steps
         facts, accelerator = self.facts, self.config.accelerator
         vendor = accelerator.peak_flops.get(self.config.dtype)
         parameters = facts.parameters_by_kind

@@ -12,6 +12,8 @@ from filelock import FileLock, Timeout
 from conf.schema import Config
 
 ROOT = Path("runs")
+FINISHED = "finished"
+"""File of a run directory whose run has taken all its steps."""
 FREE_TO_CHANGE = (
     "run.dir", "run.steps", "run.resume", "run.log_every", "run.num_threads",
     "run.max_nonfinite_steps", "launcher", "parallel", "ops", "checkpoint", "evaluation",
@@ -42,32 +44,30 @@ def open_run_dir(config: Config) -> tuple[Config, Path, FileLock]:
         while path.exists():  # two runs begun in the same second
             path = path.with_name(path.name + "x")
     else:
+        if not config.run.dir:
+            raise ValueError("run.dir='' names no folder; use run.dir=null for runs/<name>-<time>")
         path = Path(config.run.dir)
-    _check_writable(path)
-    path.mkdir(parents=True, exist_ok=True)
-    lock = _try_lock(path)
-    if lock is None:
-        raise ValueError(
-            f"run.dir={path}: another process is training there; wait for it, or use another "
-            "run.dir"
-        )
+    lock = _hold(path)
     config = _with_dir(config, path)
-    if config.run.resume == "never" and (path / "metrics.jsonl").exists():
-        raise ValueError(
-            f"run.resume=never: run.dir={path} holds a run already; use another run.dir, "
-            "or run.resume=auto to continue it"
-        )
-    _check_same(config, path)
+    try:
+        _check_resume(config, path)
+        _check_same(config, path)
+    except ValueError:
+        lock.release()
+        raise
+    save_config(config, path)
     return config, path, lock
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write config.yaml, whole or not at all."""
+    """Write config.yaml, whole or not at all; one that says the same keeps its time."""
     text = "# Repeat with: longaxon train --config-dir <this folder> --config-name config "
     text += "run.dir=<new folder>\n" + yaml.safe_dump(config_tree(config), sort_keys=False)
-    temporary = path / ".config.yaml.tmp"
+    file, temporary = path / "config.yaml", path / ".config.yaml.tmp"
+    if file.exists() and file.read_text() == text:
+        return
     temporary.write_text(text)
-    os.replace(temporary, path / "config.yaml")
+    os.replace(temporary, file)
 
 
 def config_tree(config: Config) -> dict[str, Any]:
@@ -88,8 +88,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def is_finished(path: Path) -> bool:
-    """Return whether the run ended by itself (its report says so)."""
-    return (path / "finished").exists()
+    """Return whether the run has taken all its steps."""
+    return (path / FINISHED).exists()
 
 
 def _tree(value: Any) -> Any:
@@ -136,9 +136,23 @@ def _unfinished(config: Config) -> list[Path]:
     return found
 
 
+def _check_resume(config: Config, path: Path) -> None:
+    resume = config.run.resume
+    if resume == "never" and (path / "metrics.jsonl").exists():
+        raise ValueError(
+            f"run.resume=never: run.dir={path} holds a run already; use another run.dir, "
+            "or run.resume=auto to continue it"
+        )
+    if Path(resume).absolute().is_relative_to(path.absolute() / "checkpoints"):
+        raise ValueError(
+            f"run.resume={resume} lies in run.dir={path} itself; use run.resume=auto to "
+            "continue the run, or another run.dir to start from that checkpoint"
+        )
+
+
 def _check_same(config: Config, path: Path) -> None:
     saved = _saved(path)
-    if saved is None:
+    if saved is None or not (path / "metrics.jsonl").exists():
         return
     old, new = _decisive(saved), _decisive(config_tree(config))
     for key in sorted(old.keys() | new.keys()):
@@ -149,10 +163,22 @@ def _check_same(config: Config, path: Path) -> None:
             )
 
 
-def _check_writable(path: Path) -> None:
-    parent = next(p for p in [path, *path.absolute().parents] if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"run.dir={path}: {parent} is no writable folder; use another run.dir")
+def _hold(path: Path) -> FileLock:
+    """Make the directory and lock it; ValueError if it cannot be written or is held already."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _try_lock(path)
+    except OSError as error:
+        raise ValueError(
+            f"run.dir={path} must be a folder that can be written, and it cannot be "
+            f"({error.strerror}: {error.filename}); use another run.dir"
+        ) from error
+    if lock is None:
+        raise ValueError(
+            f"run.dir={path}: another process is training there; wait for it, or use another "
+            "run.dir"
+        )
+    return lock
 
 
 def _try_lock(path: Path) -> FileLock | None:

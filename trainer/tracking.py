@@ -1,14 +1,13 @@
 """The record of a run: metrics.jsonl first, MLflow beside it, one log line for people."""
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from conf.schema import TrackingConfig
+from filelock import FileLock
 
-logger = logging.getLogger(__name__)
+from conf.schema import TrackingConfig
 
 MLFLOW_PARAM_LIMIT = 6000
 
@@ -41,6 +40,11 @@ class MetricsFile:
         with open(self.path, "a") as file:
             file.write(line)
 
+    def sync(self) -> None:
+        """Wait until all lines are on the disk, as the checkpoint that follows them will be."""
+        with open(self.path, "a") as file:
+            os.fsync(file.fileno())
+
     def records(self) -> list[dict[str, Any]]:
         """Return all records in order."""
         if not self.path.exists():
@@ -55,25 +59,19 @@ class MLflowRun:
         import mlflow
 
         run_dir = run_dir.absolute()
-
-        logging.getLogger("alembic").setLevel(logging.WARNING)
         self._mlflow = mlflow
         uri = config.uri or f"sqlite:///{run_dir.parent / 'mlflow.db'}"
         mlflow.set_tracking_uri(uri)
-        self.client = mlflow.MlflowClient(uri)
-        experiment = self.client.get_experiment_by_name(config.experiment)
-        if experiment is None:
-            location = None if config.uri else (run_dir.parent / "mlflow-artifacts").as_uri()
-            experiment_id = self.client.create_experiment(config.experiment, location)
-        else:
-            experiment_id = experiment.experiment_id
+        with FileLock(run_dir.parent / ".mlflow.lock"):  # the first use makes the tables
+            self.client = mlflow.MlflowClient(uri)
+            experiment_id = self._experiment(config, run_dir.parent)
         id_file = run_dir / "mlflow_run_id"
         self.run_id = id_file.read_text().strip() if id_file.exists() else ""
         if not self.run_id or not self._exists():
             run = self.client.create_run(experiment_id, run_name=run_dir.name)
             self.run_id = run.info.run_id
-            id_file.write_text(self.run_id)
             self._log_params(params)
+            id_file.write_text(self.run_id)
         self.client.update_run(self.run_id, status="RUNNING")
         history = self.client.get_metric_history(self.run_id, "num_tokens")
         self._last_step = max((metric.step for metric in history), default=0)
@@ -104,6 +102,14 @@ class MLflowRun:
     def end(self, status: str) -> None:
         """Close the run as FINISHED, FAILED or KILLED."""
         self.client.set_terminated(self.run_id, status)
+
+    def _experiment(self, config: TrackingConfig, root: Path) -> str:
+        """Return the id of the experiment; a new one keeps its artifacts beside a local file."""
+        experiment = self.client.get_experiment_by_name(config.experiment)
+        if experiment is not None:
+            return str(experiment.experiment_id)
+        location = None if config.uri else (root / "mlflow-artifacts").as_uri()
+        return str(self.client.create_experiment(config.experiment, location))
 
     def _exists(self) -> bool:
         try:

@@ -13,6 +13,7 @@ state carries (section 3 of arXiv:2312.06635).
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 FACTOR_RANGE = 40.0
 
@@ -105,12 +106,14 @@ class _Factors(NamedTuple):
 
 
 def _factors(log_decay: torch.Tensor) -> _Factors:
-    b = log_decay.cumsum(2)
+    # Relative to the first token, whose own decay may be too large to add the others to.
+    first = log_decay[:, :, 0]
+    b = F.pad(log_decay[:, :, 1:], (0, 0, 1, 0)).cumsum(2)
     total = b[:, :, -1]
-    middle = (b[:, :, 0] + total) / 2
-    up = (b - middle.unsqueeze(2)).exp_()
-    rest = (total - middle).exp_().unsqueeze(-1)
-    return _Factors(up, middle.exp().unsqueeze(-1), rest, total.exp())
+    half = total / 2
+    up = (b - half.unsqueeze(2)).exp_()
+    rest = (total - half).exp_().unsqueeze(-1)
+    return _Factors(up, (first + half).exp_().unsqueeze(-1), rest, (first + total).exp_())
 
 
 class _Chunk(torch.autograd.Function):
@@ -171,8 +174,8 @@ class _Chunk(torch.autograd.Function):
             dq = (dq.view(n, H, G, C, -1) * factors.up.unsqueeze(2)).to(v.dtype)
             dk = (dk / factors.up).to(v.dtype)
         dq = dq.view(n, H, G, C, -1)
-        dinitial = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
-        return dq, dk, dv, dlog_decay, dinitial, None
+        dinitial_state = dinitial.to(ctx.initial_dtype) if ctx.initial_dtype else None
+        return dq, dk, dv, dlog_decay, dinitial_state, None
 
 
 def _entering(states: torch.Tensor, factors: _Factors | None, dtype: torch.dtype) -> torch.Tensor:

@@ -47,7 +47,9 @@ def linear_attention(
         log_decay = log_decay.to(acc).clamp(min=MIN_LOG_DECAY).reshape(B * T, H_state, -1)
         log_decay = _to_chunks(log_decay, grid)
     chunks = Chunks(q, k, v, log_decay)
-    if log_decay is None or _range(log_decay) <= FACTOR_RANGE:
+    # float16 has fewer exponent bits than the others.
+    factor_range = FACTOR_RANGE / 4 if v.dtype == torch.float16 else FACTOR_RANGE
+    if log_decay is None or _range(log_decay) <= factor_range:
         out, final = chunk_linear_attention(chunks, initial_state, chunks_per_document)
     else:
         out, final = _sub_chunked(chunks, initial_state, chunks_per_document)

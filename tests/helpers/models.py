@@ -1,5 +1,6 @@
 """Configs composed from conf/, tiny models, a context of one rank and random packed batches."""
 
+import functools
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -47,8 +48,9 @@ def compose_tree(*overrides: str, config_name: str = "train") -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
+@functools.cache
 def compose_config(*overrides: str) -> Config:
-    """Compose and validate the config of a training run."""
+    """Compose and validate the config of a training run; configs are frozen, so made once."""
     return build(Config, compose_tree(*overrides))
 
 

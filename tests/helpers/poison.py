@@ -23,6 +23,10 @@ def poison_uninitialized() -> Iterator[None]:
 
     PyTorch's own filling needs its deterministic mode, which changes the algorithms under test.
     """
+    # `with torch.device(...)` remembers the functions it redirects when it first redirects one:
+    # that must be the real ones.
+    with torch.device("cpu"):
+        torch.empty(0)
     with contextlib.ExitStack() as stack:
         for owner, name in _MAKERS:
             patched = _poisoned(getattr(owner, name))

@@ -1,5 +1,6 @@
 """Linear attention: the recurrence against a masked product, the implementations against it."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -9,6 +10,8 @@ from helpers.assertions import assert_close
 from ops.linear_attention import linear_attention, linear_attention_step
 
 IMPLEMENTATIONS = ("torch",)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+DECAYS = (None, "scalar", "vector")
 NAMES = ("q", "k", "v", "log_decay", "initial_state")
 
 
@@ -32,8 +35,9 @@ class Case(NamedTuple):
 
 
 CASES = [
-    *[Case((T,), decay=decay) for T in (1, 63, 64, 65, 300) for decay in (None, "scalar", "vector")],
-    *[Case((65,), decay=f"{size}-{cut}") for size in ("scalar", "vector") for cut in ("50", "inf")],
+    *[Case((T,), decay=decay) for T in (1, 63, 64, 65, 300) for decay in DECAYS],
+    *[Case((65,), decay=f"{size}-{cut}") for size in DECAYS[1:] for cut in ("50", "inf")],
+    *[Case((128,), decay=f"{size}-inf") for size in DECAYS[1:]],  # cut where a chunk begins
     Case((300,), decay="vector-50", initial_state=True),
     Case((100,), decay="vector-strong"),
     Case((100,), decay="scalar-strong", initial_state=True),
@@ -105,9 +109,10 @@ def masked_product(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     decay = torch.ones_like(x.k) if x.log_decay is None else x.log_decay.exp()
     decay = (decay if decay.dim() == 4 else decay[..., None]).expand_as(x.k)
     ends = [0, T] if x.cu_seqlens is None else x.cu_seqlens.tolist()
-    outs, finals = [], []
+    outs: list[torch.Tensor] = []
+    finals: list[torch.Tensor] = []
     for b in range(B):
-        for start, stop in zip(ends[:-1], ends[1:], strict=True):
+        for start, stop in pairwise(ends):
             q, k, v, g = (t[b, start:stop] for t in (x.q, x.k, x.v, decay))
             t = torch.arange(stop - start)
             later = (t[None] > t[:, None])[..., None, None]
@@ -146,7 +151,7 @@ def run(x: Inputs, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
 def outputs_and_gradients(x: Inputs, impl: str | None) -> dict[str, torch.Tensor]:
     """Return out, final_state and the gradients of a random function of both."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in x[:5]]
-    y = Inputs(*leaves, x.cu_seqlens)
+    y = Inputs._make([*leaves, x.cu_seqlens])
     out, final = masked_product(y) if impl is None else run(y, impl)
     generator = torch.Generator().manual_seed(5)
     dout = torch.randn(out.shape, generator=generator).to(x.q.dtype)
@@ -159,8 +164,7 @@ def outputs_and_gradients(x: Inputs, impl: str | None) -> dict[str, torch.Tensor
 
 
 def to_double(x: Inputs) -> Inputs:
-    *tensors, cu_seqlens = x
-    return Inputs(*(None if t is None else t.double() for t in tensors), cu_seqlens)
+    return Inputs._make([*(None if t is None else t.double() for t in x[:5]), x.cu_seqlens])
 
 
 def assert_all_close(
@@ -180,7 +184,7 @@ def test_reference_equals_the_masked_product(case: Case) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_implementation_equals_the_reference(case: Case, dtype: torch.dtype, impl: str) -> None:
     x = make_inputs(case, dtype)
@@ -191,15 +195,26 @@ def test_implementation_equals_the_reference(case: Case, dtype: torch.dtype, imp
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rate", [0.1, 0.5, 5.0])
+def test_float16_survives_every_decay(rate: float, impl: str) -> None:
+    x = make_inputs(Case((128,)), torch.float16)
+    x = x._replace(log_decay=torch.full(x.k.shape, -rate))
+    expected = outputs_and_gradients(to_double(x), "reference")
+    # float16 rounds finer than bfloat16, whose tolerance therefore holds.
+    assert_all_close(outputs_and_gradients(x, impl), expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_inputs_need_not_be_contiguous(impl: str) -> None:
     x = make_inputs(Case((70, 3), H=6, H_state=2, initial_state=True), torch.float32, strided=True)
-    assert not any(t.is_contiguous() or t.stride(-1) == 1 for t in x[:3] if t is not None)
-    dense = Inputs(*(None if t is None else t.contiguous() for t in x))
+    x = x._replace(log_decay=make_decay(Case((70, 3), H_state=2), 1, 73)[..., :1].expand_as(x.k))
+    assert not any(t.is_contiguous() for t in x[:4] if t is not None)
+    dense = Inputs._make(None if t is None else t.contiguous() for t in x)
     strided, expected = outputs_and_gradients(x, impl), outputs_and_gradients(dense, impl)
     assert_all_close(strided, expected, torch.float32)
 
 
-@pytest.mark.parametrize("impl", ("reference", *IMPLEMENTATIONS))
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 def test_state_is_returned_on_request_and_scale_multiplies_the_output(impl: str) -> None:
     x = make_inputs(Case((70,)), torch.float32)
     out, none = linear_attention(x.q, x.k, x.v, x.log_decay, impl=impl)
@@ -208,16 +223,17 @@ def test_state_is_returned_on_request_and_scale_multiplies_the_output(impl: str)
     assert_close("scaled", scaled, 3 * out, torch.float32)
 
 
-@pytest.mark.parametrize("impl", ("reference", *IMPLEMENTATIONS))
-@pytest.mark.parametrize("decay", [None, "scalar", "vector"])
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("decay", DECAYS)
 def test_two_halves_chained_by_the_state_equal_the_whole(decay: str | None, impl: str) -> None:
     x = make_inputs(Case((100,), H=6, decay=decay, initial_state=True, packed=False))
     out, final = run(x, impl)
     halves = []
     state = x.initial_state
+    assert state is not None
     for part in (slice(0, 37), slice(37, 100)):
         tensors = [None if t is None else t[:, part] for t in x[:4]]
-        half, state = run(Inputs(*tensors, state, None), impl)
+        half, state = run(Inputs._make([*tensors, state, None]), impl)
         halves.append(half)
     assert_close("out", torch.cat(halves, 1), out, torch.float64)
     assert_close("final_state", state, final, torch.float64)
@@ -232,8 +248,8 @@ def test_step_by_step_equals_the_parallel_form(decay: str | None, H: int, H_stat
     state = x.initial_state.clone()
     outs = []
     for t in range(67):
-        step = [None if tensor is None else tensor[:, t] for tensor in x[:4]]
-        outs.append(linear_attention_step(*step, state))
+        decay_t = None if x.log_decay is None else x.log_decay[:, t]
+        outs.append(linear_attention_step(x.q[:, t], x.k[:, t], x.v[:, t], decay_t, state))
     out, final = run(x, "torch")
     assert_close("out", torch.stack(outs, 1), out, torch.float32)
     assert_close("final_state", state, final, torch.float32)
@@ -265,7 +281,13 @@ def test_shapes_that_do_not_fit_are_refused(
     shapes = {"q": (1, 10, 4, 8), "k": (1, 10, 2, 8), "v": (1, 10, 2, 8)} | change
     x = {name: torch.zeros(shape) for name, shape in shapes.items()}
     with pytest.raises(ValueError, match=message):
-        linear_attention(**x)
+        linear_attention(
+            x["q"],
+            x["k"],
+            x["v"],
+            x.get("log_decay"),
+            initial_state=x.get("initial_state"),
+        )
 
 
 def test_packing_is_for_one_row_and_states_are_one_per_document() -> None:
@@ -276,5 +298,5 @@ def test_packing_is_for_one_row_and_states_are_one_per_document() -> None:
     state = torch.zeros(1, 1, 8, 8)
     with pytest.raises(ValueError, match=r"must be \(2, 1, 8, 8\)"):
         linear_attention(x[:1], x[:1], x[:1], cu_seqlens=cu_seqlens, initial_state=state)
-    with pytest.raises(ValueError, match="ops.linear_attention=cuda: no such implementation"):
+    with pytest.raises(ValueError, match="linear_attention=cuda: no such implementation"):
         linear_attention(x, x, x, impl="cuda")

@@ -1,0 +1,52 @@
+"""The definition of attention: one dense mask, float64, differentiable by autograd.
+
+Equations 1 and 2 of arXiv:2509.05276, with sinks, grouped heads and packed documents.
+"""
+
+import torch
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool,
+    window_size: int | None,
+    num_sinks: int,
+    scale: float,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `ops.attention.attention` by its definition; memory grows with T squared."""
+    group = q.shape[2] // k.shape[2]
+    visible = _visible_keys(q, k, causal, window_size, num_sinks, cu_seqlens)
+    keys = k.double().repeat_interleave(group, dim=2)
+    values = v.double().repeat_interleave(group, dim=2)
+    scores = scale * torch.einsum("bthd,bshd->bhts", q.double(), keys)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    lse = scores.logsumexp(dim=-1)
+    out = torch.einsum("bhts,bshd->bthd", (scores - lse[..., None]).exp(), values)
+    return out.to(q.dtype), lse.float()
+
+
+def _visible_keys(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    causal: bool,
+    window_size: int | None,
+    num_sinks: int,
+    cu_seqlens: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return [T, T_k], true where the query of the row sees the key of the column."""
+    t = torch.arange(q.shape[1], device=q.device)[:, None]
+    s = torch.arange(k.shape[1], device=q.device)
+    visible = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+    if causal:
+        visible = s <= t
+    if window_size is not None:
+        visible = visible & (s > t - window_size)
+    if cu_seqlens is None:
+        return visible | (s < num_sinks)
+    document = torch.bucketize(s, cu_seqlens[1:-1], right=True)
+    is_sink = s - cu_seqlens[document] < num_sinks
+    return (visible | is_sink) & (document[:, None] == document)

@@ -1,0 +1,194 @@
+"""Attention in PyTorch for any device, without anything of size T x T.
+
+The visible keys of a document fall in two parts: its first keys that all queries see (the sinks;
+without causal all keys) and a causal band over the others. The forward pass attends to each part
+and merges the two by their log-sum-exp; the backward pass recomputes tiles of both.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ops.attention.torch_backward import attend_backward
+from ops.attention.torch_forward import attend, attend_band, merge
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What attention is told beside its tensors."""
+
+    causal: bool
+    window_size: int | None
+    num_sinks: int
+    scale: float
+    documents: tuple[int, ...] | None
+    """Bounds of the packed documents; None: every row is one document."""
+
+    def count_open_keys(self, num_keys: int) -> int:
+        """Return how many of a document's first keys all its queries see."""
+        return min(self.num_sinks, num_keys) if self.causal else num_keys
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool,
+    window_size: int | None,
+    num_sinks: int,
+    scale: float,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `ops.attention.attention`; cost grows with T x window_size, memory with T."""
+    documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    settings = Settings(causal, window_size, num_sinks, scale, documents)
+    out, lse = _Attention.apply(q, k, v, settings)
+    return out, lse
+
+
+def attention_fwd(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out [B, T, H, D] and lse [B, H, T], float32 (float64 for float64 inputs)."""
+    if settings.documents is None:
+        return _attend_rows(q, k, v, settings)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = q.new_empty(1, q.shape[2], q.shape[1], dtype=lse_dtype)
+    for run in _equal_documents(settings.documents):
+        run_out, run_lse = _attend_rows(run.rows(q), run.rows(k), run.rows(v), settings)
+        run.rows(out).copy_(run_out)
+        run.rows(lse.mT).copy_(run_lse.mT)
+    return out, lse
+
+
+def attention_bwd(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    settings: Settings,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return dq, dk, dv in the inputs' shapes and dtype.
+
+    out and lse may be those of a softmax over more keys than k holds: then the gradients are the
+    share of these keys.
+    """
+    if settings.documents is None:
+        return _attend_rows_backward(dout, dlse, q, k, v, out, lse, settings)
+    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for run in _equal_documents(settings.documents):
+        results = _attend_rows_backward(
+            run.rows(dout),
+            None if dlse is None else run.rows(dlse.mT).mT,
+            *(run.rows(x) for x in (q, k, v, out)),
+            run.rows(lse.mT).mT,
+            settings,
+        )
+        for grad, result in zip(grads, results, strict=True):
+            run.rows(grad).copy_(result)
+    return grads
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = attention_fwd(q, k, v, settings)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        return out, lse.float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return None, None, None, None
+        dout = torch.zeros_like(out) if dout is None else dout
+        return *attention_bwd(dout, dlse, q, k, v, out, lse, ctx.settings), None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Consecutive packed documents of equal length."""
+
+    start: int
+    count: int
+    length: int
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """View the run's tokens [1, T, ...] as rows [count, length, ...]."""
+        tokens = x[0, self.start : self.start + self.count * self.length]
+        return tokens.unflatten(0, (self.count, self.length))
+
+
+def _equal_documents(bounds: tuple[int, ...]) -> Iterator[_Run]:
+    start = count = length = 0
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        if count and end - begin != length:
+            yield _Run(start, count, length)
+            count = 0
+        if end > begin:
+            start, length = (start, length) if count else (begin, end - begin)
+            count += 1
+    if count:
+        yield _Run(start, count, length)
+
+
+def _attend_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, D]
+    num_keys = k.shape[2]
+    num_open = settings.count_open_keys(num_keys)
+    if num_open == 0:
+        out, lse = attend_band(q, k, v, settings.window_size, settings.scale)
+        return out.transpose(1, 2), lse
+    out, lse = attend(q, k[:, :, :num_open], v[:, :, :num_open], settings.scale)
+    if num_open < num_keys:
+        rest = attend_band(
+            *(x[:, :, num_open:] for x in (q, k, v)), settings.window_size, settings.scale
+        )
+        late = merge((out[:, :, num_open:], lse[:, :, num_open:]), rest)
+        out = torch.cat((out[:, :, :num_open], late[0]), dim=2)
+        lse = torch.cat((lse[:, :, :num_open], late[1]), dim=2)
+    return out.transpose(1, 2), lse
+
+
+def _attend_rows_backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    settings: Settings,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_open = settings.count_open_keys(k.shape[1])
+    delta = (dout.to(lse.dtype) * out).sum(-1).mT  # [B, H, T]
+    if dlse is not None:
+        delta = delta - dlse
+    return attend_backward(
+        dout,
+        q,
+        k,
+        v,
+        lse,
+        delta,
+        num_open=num_open,
+        window_size=settings.window_size,
+        scale=settings.scale,
+    )

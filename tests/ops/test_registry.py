@@ -1,0 +1,92 @@
+"""The registry: the first implementation that fits, pins that hold, refusals that help."""
+
+import logging
+import re
+
+import pytest
+import torch
+
+import ops.attention
+import ops.cross_entropy
+import ops.linear_attention
+import ops.spike
+from ops.registry import FLOATS, Implementation, choose, explain
+
+TABLE = (
+    Implementation("triton", "nowhere:none", ("cuda",), (torch.float32, torch.bfloat16)),
+    Implementation("torch", "operator:add", None, (torch.float32, torch.float64)),
+    Implementation("reference", "operator:mul", None, FLOATS),
+)
+OPERATORS = {
+    "attention": ops.attention.IMPLEMENTATIONS,
+    "cross_entropy": ops.cross_entropy.IMPLEMENTATIONS,
+    "linear_attention": ops.linear_attention.IMPLEMENTATIONS,
+    "spike": ops.spike.IMPLEMENTATIONS,
+}
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "impl", "name"),
+    [
+        ("cuda", torch.bfloat16, None, "triton"),
+        ("cuda", torch.float64, None, "torch"),
+        ("cpu", torch.float32, None, "torch"),
+        ("cpu", torch.float32, "auto", "torch"),
+        ("npu", torch.float16, None, "reference"),
+        ("cpu", torch.float32, "reference", "reference"),
+        ("cuda", torch.float32, "torch", "torch"),
+    ],
+)
+def test_first_row_that_fits_is_chosen_unless_pinned(
+    device: str, dtype: torch.dtype, impl: str | None, name: str
+) -> None:
+    chosen, why = explain("op", TABLE, device, dtype, impl)
+    assert chosen == name
+    assert why == "pinned" if impl not in (None, "auto") else f"{dtype} on {device}" in why
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "impl", "message"),
+    [
+        ("cpu", torch.float32, "triton", "ops.op=triton: needs a device of cuda, not cpu; what "
+         "runs here: torch, reference"),
+        ("cuda", torch.float16, "torch", "ops.op=torch: does not take torch.float16; what runs "
+         "here: reference"),
+        ("cpu", torch.float32, "fast", "ops.op=fast: no such implementation; there are triton, "
+         "torch, reference"),
+        ("cpu", torch.int32, None, "ops.op: nothing runs torch.int32 on cpu (triton: needs a "
+         "device of cuda"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_refused_with_what_can(
+    device: str, dtype: torch.dtype, impl: str | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        explain("op", TABLE, device, dtype, impl)
+
+
+def test_the_chosen_function_is_imported_and_announced_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    x = torch.ones(1)
+    with caplog.at_level(logging.INFO, logger="ops.registry"):
+        assert choose("announced", TABLE, x)(2, 3) == 5
+        assert choose("announced", TABLE, x, "reference")(2, 3) == 6
+        choose("announced", TABLE, x)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert lines[0].startswith("ops.announced: torch (first of torch, reference for torch.float32")
+    assert lines[1] == "ops.announced: reference (pinned)"
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_every_operator_has_a_definition_and_a_portable_implementation(op: str) -> None:
+    table = OPERATORS[op]
+    rows = {row.name: row for row in table}
+    assert len(rows) == len(table)
+    assert {"torch", "reference"} <= rows.keys()
+    for name in ("torch", "reference"):
+        assert rows[name].devices is None
+        assert callable(choose(op, table, torch.ones(1), name))
+    assert torch.float64 in rows["reference"].dtypes
+    assert explain(op, table, "cpu", torch.float32)[0] == "torch"
