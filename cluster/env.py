@@ -26,8 +26,23 @@ def rank_environment(deepspeed_name: str) -> dict[str, str]:
         "PATH": path if tools in path.split(os.pathsep) else tools + os.pathsep + path,
         "HF_HUB_OFFLINE": "1",
         "MLFLOW_DISABLE_TELEMETRY": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
         "TOKENIZERS_PARALLELISM": "true",
+    }
+
+
+def ray_environment() -> dict[str, str]:
+    """Return the variables of Ray, for the driver before it imports Ray, and for the workers."""
+    noise = "Failed to query Ray Train Controller"  # said every second where no dashboard runs
+    return {
+        "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),  # its ports are open to all
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "RAY_COLOR_PREFIX": "0",
+        "RAY_DEDUP_LOGS_ALLOW_REGEX": f"^(?!{noise})",
+        "RAY_DEDUP_LOGS_SKIP_REGEX": noise,
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
     }
 
 

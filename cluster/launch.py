@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cluster.env import apply_environment, configure_logging, rank_environment
+from cluster.env import apply_environment, configure_logging, rank_environment, ray_environment
 from conf.schema import Config
 from parallel.mesh import World, read_world
 from trainer.accelerator import Accelerator
@@ -22,6 +22,7 @@ def launch(config: Config, accelerator: Accelerator) -> int:
     """Run a checked config on the ranks of its launcher; return the exit code."""
     apply_environment(rank_environment(accelerator.deepspeed_name))
     if config.launcher.name == "ray":
+        apply_environment(ray_environment())
         from cluster.ray_launcher import launch_on_ray
 
         return launch_on_ray(config, accelerator)
@@ -49,7 +50,8 @@ def run_rank(config: Config, accelerator: Accelerator, world: World) -> int:
         trainer = Trainer(config, mesh, accelerator)
         trainer.fit()
     except (RunFailedError, CheckpointWriteError) as error:
-        logger.error("%s", error)
+        if world.rank == 0 or isinstance(error, CheckpointWriteError):
+            logger.error("%s", error)
         if trainer is not None:
             trainer.recorder.fail(interrupted=False)
         return FAILED

@@ -1,26 +1,25 @@
 """launcher=ray: the ranks are Ray Train workers; Ray is started inside the command."""
 
+import dataclasses
 import logging
-import sys
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.accelerators import load_accelerator
-from cluster.env import apply_environment, rank_environment
-from cluster.launch import DONE, FAILED, last_checkpoint, run_rank
+from cluster.env import configure_logging, rank_environment, ray_environment
+from cluster.launch import FAILED, last_checkpoint, run_rank
 from conf.schema import Config, build
 from parallel.mesh import read_world
 from trainer.accelerator import Accelerator
 from trainer.run_dir import config_tree
 
 logger = logging.getLogger(__name__)
-
-OUTCOME = "outcome"
-"""File in the run directory that holds the exit code of a run that ended by itself."""
 
 
 def launch_on_ray(config: Config, accelerator: Accelerator) -> int:
@@ -29,61 +28,69 @@ def launch_on_ray(config: Config, accelerator: Accelerator) -> int:
     A worker that dies has all of them started again, at most `launcher.max_restarts` times; they
     continue from the newest checkpoint.
     """
-    run_dir = Path(str(config.run.dir)).absolute()
-    (run_dir / OUTCOME).unlink(missing_ok=True)
-    root = str(Path(__file__).parents[1])
-    variables = rank_environment(accelerator.deepspeed_name) | {
-        "PYTHONPATH": root,
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    }
-    apply_environment(variables)
-    resource = "CPU" if accelerator.name == "cpu" else "GPU"
+    if config.run.resume == "never":  # the run directory was new when the command started
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="auto"))
     ray.init(
         address="local",
-        num_cpus=config.launcher.num_workers + 1,
+        num_cpus=config.launcher.num_workers,
         include_dashboard=False,
-        log_to_driver=True,
         logging_level=logging.WARNING,
-        runtime_env={"env_vars": variables},
+        runtime_env={"env_vars": rank_environment(accelerator.deepspeed_name) | ray_environment()},
     )
     try:
-        trainer = TorchTrainer(
-            train_worker,
-            train_loop_config={"config": config_tree(config), "cwd": str(Path.cwd())},
-            torch_config=TorchConfig(
-                backend=accelerator.backend, timeout_s=int(config.parallel.timeout_seconds)
-            ),
-            scaling_config=ScalingConfig(
-                num_workers=config.launcher.num_workers,
-                use_gpu=resource == "GPU",
-                resources_per_worker={resource: 1},
-            ),
-            run_config=RunConfig(
-                name=run_dir.name,
-                storage_path=str(run_dir / "ray"),
-                failure_config=FailureConfig(max_failures=config.launcher.max_restarts),
-            ),
-        )
-        trainer.fit()
+        with tempfile.TemporaryDirectory(prefix="longaxon-ray-") as scratch:
+            return _run_workers(config, accelerator, Path(scratch))
     except ray.train.TrainingFailedError as error:
-        logger.error("%s; last complete checkpoint: %s", error, last_checkpoint(config))
+        reason = str(error).strip().splitlines()[-1]
+        logger.error("%s; last complete checkpoint: %s", reason, last_checkpoint(config))
         return FAILED
     finally:
         ray.shutdown()
-    outcome = run_dir / OUTCOME
-    return int(outcome.read_text()) if outcome.exists() else DONE
+
+
+def _run_workers(config: Config, accelerator: Accelerator, scratch: Path) -> int:
+    """Train with Ray Train, which wants a folder of its own; return rank 0's exit code."""
+    outcome = scratch / "outcome"
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "config": config_tree(config),
+            "cwd": str(Path.cwd()),
+            "outcome": str(outcome),
+        },
+        torch_config=TorchConfig(
+            backend=accelerator.backend, timeout_s=int(config.parallel.timeout_seconds)
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=config.launcher.num_workers,
+            use_gpu=accelerator.name != "cpu",
+            resources_per_worker={"CPU" if accelerator.name == "cpu" else "GPU": 1},
+        ),
+        run_config=RunConfig(
+            name="run",
+            storage_path=str(scratch),
+            failure_config=FailureConfig(max_failures=config.launcher.max_restarts),
+            logging_config=LoggingConfig("WARNING"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except SystemExit as interrupted:  # Ray's own answer to an interrupt
+        raise KeyboardInterrupt from interrupted
+    if not outcome.exists():
+        raise KeyboardInterrupt  # answered by ending the workers
+    return int(outcome.read_text())
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
-    """Train as one rank; Ray has set RANK, WORLD_SIZE and the process group."""
-    import os
+    """Train as one rank; Ray has set RANK, WORLD_SIZE and the process group.
 
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    A run that failed for good ends like one that is done, so that Ray does not start it again.
+    """
+    world = read_world()
+    configure_logging(world.rank)
     os.chdir(arguments["cwd"])
     config = build(Config, arguments["config"])
-    accelerator = load_accelerator(config.accelerator.name)
-    world = read_world()
-    code = run_rank(config, accelerator, world)
+    code = run_rank(config, load_accelerator(config.accelerator.name), world)
     if world.rank == 0:
-        (Path(str(config.run.dir)) / OUTCOME).write_text(str(code))
+        Path(arguments["outcome"]).write_text(str(code))

@@ -22,8 +22,18 @@ COLUMN_MULTIPLE = 32  # of 16-bit values: the depth of a matrix tile of AMX
 
 
 @dataclass(frozen=True)
+class Visibility:
+    """Which keys of a document its queries see."""
+
+    num_open: int
+    """First keys that all queries see; where there are others, there are as many queries."""
+    window: int
+    """Keys of the causal band over the others that a query sees, its own included."""
+
+
+@dataclass(frozen=True)
 class _Tile:
-    """Keys first to last, in the band or visible to all, against one block of queries."""
+    """Keys first to last, in the band or open to all queries."""
 
     first: int
     last: int
@@ -31,8 +41,17 @@ class _Tile:
 
 
 @dataclass(frozen=True)
+class _Block:
+    """Queries start to stop and the tiles they see."""
+
+    start: int
+    stop: int
+    tiles: tuple[_Tile, ...]
+
+
+@dataclass(frozen=True)
 class _Operands:
-    """What the products read, [B x H_kv, rows, columns]; rows of queries are (token, head)."""
+    """What the products read, [heads, rows, columns]; rows of queries are (token, head of group)."""
 
     queries: torch.Tensor
     queries_lse: torch.Tensor
@@ -42,65 +61,64 @@ class _Operands:
     """Times the largest power of two in the scale, which is exact."""
     keys_one: torch.Tensor
     values_one: torch.Tensor
-    power: float
+    scale: float
     factor: float
-    """scale / power: 1 for head sizes that are a power of four."""
+    """scale over that power: 1 where the head size is a power of four."""
 
 
 def attend_backward(
     dout: torch.Tensor,
+    dlse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    out: torch.Tensor,
     lse: torch.Tensor,
-    delta: torch.Tensor,
-    *,
-    num_open: int,
-    window_size: int | None,
+    visibility: Visibility,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of attention to the first num_open keys and a causal band over the rest.
+    """Return the gradients of attention within rows that are one document each.
 
     Args:
-        dout, q: [B, T, H, D].
+        dout, q, out: [B, T, H, D].
+        dlse, lse: [B, H, T], float32 (lse of float64 inputs: float64).
         k, v: [B, T_k, H_kv, D].
-        lse, delta: [B, H, T], float32 (float64 for float64 inputs).
-        num_open: keys that all queries see; with fewer than T_k, T is T_k.
-        window_size: keys of the band that a query sees; None: all up to its own.
+        visibility: the keys that each query sees.
         scale: factor on the scores.
 
     Returns:
         dq, dk, dv in the shapes and the dtype of q, k, v.
     """
-    (B, T, H, D), (T_k, H_kv) = q.shape, k.shape[1:3]
+    (B, T, H, _), (T_k, H_kv) = q.shape, k.shape[1:3]
     group = H // H_kv
-    window = T_k if window_size is None else min(window_size, T_k)
-    operands = _build_operands(dout, q, k, v, lse, delta, scale)
     size = max(1, min(T, TILE_QUERIES, TILE_COLUMNS // group))
-    blocks = list(_cut_into_tiles(T, T_k, num_open, window, size))
-    bias = _BandBias(size, window, group, q)
-    area = size * group * max(tile.last - tile.first for _, _, tiles in blocks for tile in tiles)
-    heads = min(B * H_kv, max(1, TILE_COLUMNS * TILE_KEYS // area))
-    buffers = q.new_empty(2, heads * area)
-    dq = q.new_empty(B * H_kv, T * group, D)
-    dk, dv = lse.new_zeros(2, B * H_kv, T_k, D)
-    for head in range(0, B * H_kv, heads):
-        batch = slice(head, head + heads)
-        for start, stop, tiles in blocks:
-            rows = slice(start * group, stop * group)
-            total: torch.Tensor | None = None
-            for tile in tiles:
-                p, ds = _compute_tile(operands, batch, rows, tile, start, stop, bias, buffers)
-                keys = slice(tile.first, tile.last)
-                dv[batch, keys].add_(torch.bmm(p, operands.douts[batch, rows]))
-                dk[batch, keys].add_(torch.bmm(ds, operands.queries[batch, rows]))
-                part = torch.bmm(ds.mT, operands.keys[batch, keys])
-                total = part if total is None else part + total.to(lse.dtype)
-            dq[batch, rows] = total
-    if operands.factor != 1.0:
-        dq *= operands.factor
-    dk *= scale
-    return _unfold_heads(dq, q, H_kv), _unfold_heads(dk, k, H_kv), _unfold_heads(dv, v, H_kv)
+    blocks = _cut_into_blocks(T, T_k, visibility, size)
+    bias = _BandBias(size, visibility.window, group, q)
+    area = size * group * max(tile.last - tile.first for block in blocks for tile in block.tiles)
+    # Few heads at a time: what they need stays small, and in the cache where tiles are.
+    at_once = max(1, TILE_COLUMNS * TILE_KEYS // area)
+    num_rows, num_heads = min(B, max(1, at_once // H_kv)), min(H_kv, at_once)
+    buffers = q.new_empty(2, num_rows * num_heads * area)
+    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for row in range(0, B, num_rows):
+        for head in range(0, H_kv, num_heads):
+            rows, kv = slice(row, row + num_rows), slice(head, head + num_heads)
+            heads = slice(kv.start * group, kv.stop * group)
+            operands = _build_operands(
+                dout[rows, :, heads],
+                None if dlse is None else dlse[rows, heads],
+                q[rows, :, heads],
+                k[rows, :, kv],
+                v[rows, :, kv],
+                out[rows, :, heads],
+                lse[rows, heads],
+                scale,
+            )
+            totals = _sum_tiles(operands, blocks, bias, buffers)
+            for grad, part, total in zip(grads, (heads, kv, kv), totals, strict=True):
+                target = _split_heads(grad[rows, :, part], k[:, :, kv].shape[2])
+                target.copy_(total.view(target.shape))
+    return grads
 
 
 class _BandBias:
@@ -115,13 +133,14 @@ class _BandBias:
         self.later = torch.where(r[:, None] > column, minus_inf, zero)
         self.earlier = torch.where(r[:, None] < column, minus_inf, zero)
 
-    def add(self, x: torch.Tensor, tile: _Tile, start: int, stop: int) -> None:
+    def add(self, x: torch.Tensor, block: _Block, tile: _Tile) -> None:
         """Add -inf to the hidden part of x [heads, keys, columns]; only where there is one."""
         columns = x.shape[2]
         # Row r of `later` is key start + r, row r of `earlier` key start + 1 - window + r.
+        earlier_end = min(tile.last, block.stop - self.window)
         for bias, origin, end in (
-            (self.later, start, tile.last),
-            (self.earlier, start + 1 - self.window, min(tile.last, stop - self.window)),
+            (self.later, block.start, tile.last),
+            (self.earlier, block.start + 1 - self.window, earlier_end),
         ):
             begin = max(origin, tile.first)
             if begin < end:
@@ -129,80 +148,113 @@ class _BandBias:
                 x[:, begin - tile.first : end - tile.first].add_(hidden)
 
 
-def _cut_into_tiles(
-    T: int, T_k: int, num_open: int, window: int, size: int
-) -> Iterator[tuple[int, int, list[_Tile]]]:
-    """Yield the blocks of queries, each with its tiles of keys."""
+def _cut_into_blocks(T: int, T_k: int, visibility: Visibility, size: int) -> list[_Block]:
+    num_open = visibility.num_open
     has_band = num_open < T_k
     split = num_open if has_band else 0
     starts = [*range(0, split, size), *range(split, T, size)]
+    blocks = []
     for start, stop in zip(starts, [*starts[1:], T], strict=True):
         tiles = [_Tile(*keys, in_band=False) for keys in _cut_keys(0, num_open)]
         if has_band and start >= num_open:
-            first = max(num_open, start - window + 1)
+            first = max(num_open, start - visibility.window + 1)
             tiles += [_Tile(*keys, in_band=True) for keys in _cut_keys(first, stop)]
-        yield start, stop, tiles
+        blocks.append(_Block(start, stop, tuple(tiles)))
+    return blocks
 
 
 def _cut_keys(first: int, last: int) -> Iterator[tuple[int, int]]:
     """Cut a range of keys evenly."""
-    size = math.ceil((last - first) / max(1, math.ceil((last - first) / TILE_KEYS)))
-    for begin in range(first, last, size or 1):
-        yield begin, min(begin + size, last)
+    count = math.ceil((last - first) / TILE_KEYS)
+    for i in range(count):
+        yield first + (last - first) * i // count, first + (last - first) * (i + 1) // count
+
+
+def _sum_tiles(
+    operands: _Operands, blocks: list[_Block], bias: _BandBias, buffers: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return dq, dk, dv of the operands' heads, [heads, rows, D]."""
+    group = operands.queries.shape[1] // blocks[-1].stop
+    sum_dtype = torch.promote_types(operands.keys.dtype, torch.float32)
+    dq = torch.empty_like(operands.queries)
+    dk, dv = (torch.zeros_like(operands.keys, dtype=sum_dtype) for _ in range(2))
+    for block in blocks:
+        rows = slice(block.start * group, block.stop * group)
+        queries, douts = _cut(operands.queries, rows), _cut(operands.douts, rows)
+        total: torch.Tensor | None = None
+        for tile in block.tiles:
+            keys = slice(tile.first, tile.last)
+            p, ds = _compute_tile(operands, rows, block, tile, bias, buffers)
+            dv[:, keys].add_(torch.bmm(p, douts))
+            dk[:, keys].add_(torch.bmm(ds, queries))
+            part = torch.bmm(ds.mT, _cut(operands.keys, keys))
+            total = part if total is None else part + total.to(sum_dtype)
+        dq[:, rows] = total
+    if operands.factor != 1.0:
+        dq *= operands.factor
+    return dq, dk.mul_(operands.scale), dv
 
 
 def _compute_tile(
     operands: _Operands,
-    batch: slice,
     rows: slice,
+    block: _Block,
     tile: _Tile,
-    start: int,
-    stop: int,
     bias: _BandBias,
     buffers: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return p and ds, [heads, keys, rows], in the buffers."""
     keys = slice(tile.first, tile.last)
-    queries_lse = operands.queries_lse[batch, rows]
+    queries_lse = _cut(operands.queries_lse, rows)
+    douts_delta = _cut(operands.douts_delta, rows)
     shape = (queries_lse.shape[0], tile.last - tile.first, queries_lse.shape[1])
     p, ds = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
-    torch.bmm(operands.keys_one[batch, keys], queries_lse.mT, out=p)
+    torch.bmm(_cut(operands.keys_one, keys), queries_lse.mT, out=p)
     if operands.factor != 1.0:
         p *= operands.factor
     if tile.in_band:
-        bias.add(p, tile, start, stop)
+        bias.add(p, block, tile)
     p.exp_()
-    torch.bmm(operands.values_one[batch, keys], operands.douts_delta[batch, rows].mT, out=ds)
+    torch.bmm(_cut(operands.values_one, keys), douts_delta.mT, out=ds)
     ds *= p
     return p, ds
 
 
+def _cut(x: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Return x[:, rows]; of one head with strides from which bmm makes no copy."""
+    return x[0, rows][None] if x.shape[0] == 1 else x[:, rows]
+
+
 def _build_operands(
     dout: torch.Tensor,
+    dlse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    out: torch.Tensor,
     lse: torch.Tensor,
-    delta: torch.Tensor,
     scale: float,
 ) -> _Operands:
     H_kv = k.shape[2]
     power = 2.0 ** math.floor(math.log2(scale)) if scale > 0 else 1.0
-    factor = scale / power
     queries, douts = _fold_heads(q, H_kv), _fold_heads(dout, H_kv)
     keys, values = _fold_heads(k * power, H_kv), _fold_heads(v, H_kv)
-    lse_rows, delta_rows = (_fold_heads(x.mT[..., None], H_kv) for x in (lse, delta))
-    ones = torch.ones_like(keys[..., :1], dtype=lse.dtype)
+    # A product with ones: summing over so few columns is slow.
+    delta = (dout.to(lse.dtype) * out) @ lse.new_ones(out.shape[3], 1)  # [B, T, H, 1]
+    if dlse is not None:
+        delta = delta - dlse.mT[..., None]
+    lse_rows, delta_rows = _fold_heads(lse.mT[..., None], H_kv), _fold_heads(delta, H_kv)
+    ones = lse.new_ones(*keys.shape[:2], 1)
     return _Operands(
         queries=queries,
-        queries_lse=_append_column(queries, lse_rows / -factor),
+        queries_lse=_append_column(queries, lse_rows / (-scale / power)),
         douts=douts,
         douts_delta=_append_column(douts, -delta_rows),
         keys=keys,
         keys_one=_append_column(keys, ones, is_repeated=True),
         values_one=_append_column(values, ones, is_repeated=True),
-        power=power,
-        factor=factor,
+        scale=scale,
+        factor=scale / power,
     )
 
 
@@ -227,15 +279,11 @@ def _append_column(
     return torch.cat((x, tail), dim=2)
 
 
+def _split_heads(x: torch.Tensor, H_kv: int) -> torch.Tensor:
+    """View [B, T, H, D] as [B, H_kv, T, group, D]."""
+    return x.unflatten(2, (H_kv, -1)).transpose(1, 2)
+
+
 def _fold_heads(x: torch.Tensor, H_kv: int) -> torch.Tensor:
-    """Lay [B, T, H, D] out as [B x H_kv, T x group, D]; always a copy."""
-    folded = x.unflatten(2, (H_kv, -1)).transpose(1, 2)  # [B, H_kv, T, group, D]
-    return folded.clone(memory_format=torch.contiguous_format).flatten(2, 3).flatten(0, 1)
-
-
-def _unfold_heads(x: torch.Tensor, like: torch.Tensor, H_kv: int) -> torch.Tensor:
-    """Return [B x H_kv, T x group, D] in the shape and dtype of `like` [B, T, H, D]."""
-    B, T, _, D = like.shape
-    out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    out.unflatten(2, (H_kv, -1)).copy_(x.view(B, H_kv, T, -1, D).transpose(1, 2))
-    return out
+    """Return [B, T, H, D] as [B x H_kv, T x group, D]."""
+    return _split_heads(x, H_kv).flatten(2, 3).flatten(0, 1)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ops.attention.torch_backward import attend_backward
+from ops.attention.torch_backward import Visibility, attend_backward
 from ops.attention.torch_forward import attend, attend_band, merge
 
 
@@ -178,17 +178,6 @@ def _attend_rows_backward(
     settings: Settings,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     num_open = settings.count_open_keys(k.shape[1])
-    delta = (dout.to(lse.dtype) * out).sum(-1).mT  # [B, H, T]
-    if dlse is not None:
-        delta = delta - dlse
-    return attend_backward(
-        dout,
-        q,
-        k,
-        v,
-        lse,
-        delta,
-        num_open=num_open,
-        window_size=settings.window_size,
-        scale=settings.scale,
-    )
+    window = k.shape[1] if settings.window_size is None else settings.window_size
+    visibility = Visibility(num_open, min(window, k.shape[1]))
+    return attend_backward(dout, dlse, q, k, v, out, lse, visibility, settings.scale)

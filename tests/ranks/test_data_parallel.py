@@ -68,8 +68,7 @@ def test_one_ranks_bad_loss_skips_the_step_on_all(folder: Path, zero_stage: int)
 def test_one_ranks_full_disk_ends_all(folder: Path) -> None:
     faults = (None, Faults(max_file_bytes=100_000))
     logs = run_ranks(train(folder, "full"), folder, faults=faults, expect=3)
-    assert "another rank could not write" in logs[0]
-    assert "could not be written" in logs[1]
+    assert all("could not be written" in log and "Traceback" not in log for log in logs)
     assert not list((folder / "full/checkpoints").iterdir())
 
 

@@ -110,7 +110,7 @@ def micro_batches(
 def validation_batches(
     dataset: TokenDataset, max_sequences: int, micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> list[Batch]:
-    """Return the part of data rank `dp_rank` of the first `max_sequences` windows.
+    """Return the part of data rank `dp_rank` of `max_sequences` windows, evenly spread.
 
     Every rank gets equally many batches of equal shape; where the windows run out, padding fills
     them: its labels are -100, so that it adds nothing to any sum.
@@ -123,7 +123,8 @@ def validation_batches(
         boundaries=np.zeros(0, np.int64),
     )
     numbers = range(dp_rank, per_rank * dp_size, dp_size)
-    windows = [dataset.sequence(n) if n < count else padding for n in numbers]
+    spread = dataset.num_sequences / count
+    windows = [dataset.sequence(int(n * spread)) if n < count else padding for n in numbers]
     return _pack_all(windows, micro_batch_size, dataset.bytes_per_label)
 
 
