@@ -123,8 +123,10 @@ def validation_batches(
         boundaries=np.zeros(0, np.int64),
     )
     numbers = range(dp_rank, per_rank * dp_size, dp_size)
-    spread = dataset.num_sequences / count
-    windows = [dataset.sequence(int(n * spread)) if n < count else padding for n in numbers]
+    windows = [
+        dataset.sequence(n * dataset.num_sequences // count) if n < count else padding
+        for n in numbers
+    ]
     return _pack_all(windows, micro_batch_size, dataset.bytes_per_label)
 
 
