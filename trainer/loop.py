@@ -215,10 +215,11 @@ class Trainer:
                 shard |= {f"{kind}/{name}": t.cpu().clone() for kind, t in tensors.items()}
         self.engine.absorb_communication(self.ledger, "checkpoint")
         self._write(lambda: self.store.write_shard(step, self.mesh.rank, shard))
-        self.recorder.flush()
+        self.recorder.sync()
         state, num_shards = dataclasses.asdict(self.state), self.mesh.world_size
         self._write(lambda: self.store.commit(step, state, num_shards), first)
         logger.info("checkpoint: %s", self.store.folder / f"step_{step:08d}")
+        self.recorder.flush()
 
     def _write(self, write: Callable[[], object], here: bool = True) -> None:
         """Write on the ranks that say `here`; if one cannot, every rank raises."""

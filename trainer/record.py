@@ -93,11 +93,13 @@ class Recorder:
             self._append(record)
             self.write_profile()
 
+    def sync(self) -> None:
+        """Bring the metrics to the disk, before a checkpoint counts on them."""
+        if self.mesh.rank == 0:
+            self.metrics.sync()
+
     def flush(self) -> None:
-        """Bring the metrics to the disk and hand what is pending to MLflow."""
-        if self.mesh.rank:
-            return
-        self.metrics.sync()
+        """Hand what is pending to MLflow."""
         if self.mlflow is not None and self.pending:
             self.mlflow.log(self.pending)
             self.pending = []

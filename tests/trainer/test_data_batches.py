@@ -125,7 +125,10 @@ def test_validation_ranks_get_equally_many_batches(shards, max_sequences, dp_siz
     assert len({len(batches) for batches in ranks}) == 1
     batches = [batch for batches in ranks for batch in batches]
     assert {tuple(batch.tokens.shape) for batch in batches} == {(1, 32)}
-    expected = [dataset.sequence(i) for i in range(min(max_sequences, dataset.num_sequences))]
+    count = min(max_sequences, dataset.num_sequences)
+    spread = [i * dataset.num_sequences // count for i in range(count)]
+    assert len(set(spread)) == count
+    expected = [dataset.sequence(i) for i in spread]
     rows = [row for row in _rows(batches) if row[16:] != [-100] * 16]
     assert rows == sorted([*w.tokens.tolist(), *w.labels.tolist()] for w in expected)
     valid = sum(int((w.labels != -100).sum()) for w in expected)

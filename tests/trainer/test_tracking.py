@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from helpers.runs import Run, read_metrics, run, tiny
+from helpers.runs import Faults, Run, read_metrics, run, tiny
 
 from trainer.tracking import MetricsFile
 
@@ -55,10 +55,10 @@ def assert_complete(client: mlflow.MlflowClient, run_id: str, run_dir: Path) -> 
     keys = {key for record in records for key in record} - {"step"}
     assert {"loss", "grad_norm", "val_loss", "tokens_per_second", "mfu"} < keys
     for key in keys:
-        expected = [(record["step"], record[key]) for record in records if key in record]
+        expected = {record["step"]: record[key] for record in records if key in record}
         history = client.get_metric_history(run_id, key)
-        logged = sorted((metric.step, metric.value) for metric in history)
-        assert logged == pytest.approx(expected), key
+        assert sorted(metric.step for metric in history) == list(expected), key
+        assert {metric.step: metric.value for metric in history} == pytest.approx(expected), key
 
 
 @pytest.mark.slow
@@ -92,8 +92,6 @@ def test_mlflow_has_every_step_once_though_the_run_was_killed(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_mlflow_says_how_a_run_ended(tmp_path: Path) -> None:
-    from helpers.runs import Faults
-
     arguments = tiny(tmp_path, "tracking=mlflow", "run.dir=runs/b", "run.max_nonfinite_steps=1")
     run(arguments, tmp_path, expect=3, faults=Faults("loss", steps=(3,)))
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
