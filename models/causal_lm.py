@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from ops.cross_entropy import linear_cross_entropy
 from torch import nn
 
 from conf.schema import LayerConfig, ModelConfig, OpsConfig, SpikeConfig
 from models.cache import MixerCache
 from models.layers import RMSNorm, SwiGLU
 from models.mixers import Mixer
+from ops.cross_entropy import linear_cross_entropy
 from parallel.recompute import run_recomputed
 from parallel.sequence import SequenceContext
 

@@ -3,10 +3,10 @@
 import math
 from pathlib import Path
 
-import ops.attention
-import ops.cross_entropy
 import torch
 
+import ops.attention
+import ops.cross_entropy
 import ops.linear_attention
 import ops.spike
 from conf.schema import Config

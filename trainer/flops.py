@@ -52,8 +52,11 @@ class FlopCounter:
         ffn_passes = 4 if hardware and self.recompute in ("full", "selective") else 3
         flops: dict[str, float] = defaultdict(float)
         for layer in self.layers:
-            mixing = sum(m.mixing_flops(doc_lengths, hardware=hardware) for m in layer.mixers)
+            mixing = sum(m.mixing_flops(doc_lengths) for m in layer.mixers)
             flops[layer.kind] += mixer_passes * (2 * layer.mixer_weights * tokens + mixing)
+            for mixer in layer.mixers if hardware else ():
+                forward, backward = mixer.extra_flops(doc_lengths)
+                flops[layer.kind] += (mixer_passes - 2) * forward + backward
             flops["ffn"] += ffn_passes * 2 * layer.ffn_weights * tokens
         flops["head_and_loss"] += 3 * 2 * self.head_weights * tokens
         return dict(flops)

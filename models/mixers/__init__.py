@@ -52,10 +52,16 @@ class Mixer(nn.Module, ABC):
         """Draw initial weights; `out_std` for the projection that writes to the residual."""
 
     @abstractmethod
-    def mixing_flops(self, doc_lengths: Sequence[int], *, hardware: bool = False) -> float:
+    def mixing_flops(self, doc_lengths: Sequence[int]) -> float:
         """Return the forward FLOPs beyond the projections (section 5 of the FLOP definition).
 
         Args:
             doc_lengths: tokens of each document.
-            hardware: count what the kernels spend rather than what the model defines.
+        """
+
+    @abstractmethod
+    def extra_flops(self, doc_lengths: Sequence[int]) -> tuple[float, float]:
+        """Return what the kernels spend beyond `mixing_flops`, in forward and in backward.
+
+        The backward pass of the model itself is 2 x forward.
         """

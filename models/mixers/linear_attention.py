@@ -119,8 +119,11 @@ class LinearAttention(Mixer):
             projection.reset(std)
         self.o_proj.reset(out_std)
 
-    def mixing_flops(self, doc_lengths: Sequence[int], *, hardware: bool = False) -> float:
-        D, tokens = self.config.head_dim, sum(doc_lengths)
-        state = 2.0 * D * D * (self.config.num_kv_heads + self.config.num_heads) * tokens
-        inside_chunk = 4.0 * CHUNK_SIZE * D * self.config.num_heads * tokens
-        return state + inside_chunk if hardware else state
+    def mixing_flops(self, doc_lengths: Sequence[int]) -> float:
+        heads = self.config.num_kv_heads + self.config.num_heads
+        return 2.0 * self.config.head_dim**2 * heads * sum(doc_lengths)
+
+    def extra_flops(self, doc_lengths: Sequence[int]) -> tuple[float, float]:
+        # Products of C x C inside a chunk: scores and output; their gradients and scores again.
+        inside = 2.0 * CHUNK_SIZE * self.config.head_dim * self.config.num_heads * sum(doc_lengths)
+        return 2 * inside, 5 * inside

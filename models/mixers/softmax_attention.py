@@ -95,11 +95,12 @@ class SoftmaxAttention(Mixer):
             projection.reset(std)
         self.o_proj.reset(out_std)
 
-    def mixing_flops(self, doc_lengths: Sequence[int], *, hardware: bool = False) -> float:
+    def mixing_flops(self, doc_lengths: Sequence[int]) -> float:
         pairs = 0
         for length in doc_lengths:
             w = min(self.config.window_size or length, length)
             pairs += length * w - w * (w - 1) // 2
-        flops = 4.0 * self.config.num_heads * self.config.head_dim * pairs
-        # The backward pass computes the scores again: 7 products instead of 6 over all.
-        return flops * 7 / 6 if hardware else flops
+        return 4.0 * self.config.num_heads * self.config.head_dim * pairs
+
+    def extra_flops(self, doc_lengths: Sequence[int]) -> tuple[float, float]:
+        return 0.0, self.mixing_flops(doc_lengths) / 2  # the scores again

@@ -1,4 +1,4 @@
-"""Cross entropy of a linear head that never holds all logits."""
+"""Cross entropy of a linear head, without holding the logits of all tokens."""
 
 import torch
 
@@ -18,26 +18,34 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     impl: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed cross entropy of softmax(hidden weight^T) and the labels that count.
+    """Sum over tokens `logsumexp(hidden weight^T) - (hidden weight^T)[label]`.
 
     Args:
-        hidden: [..., E].
-        weight: [V, E], same dtype.
-        labels: int64 [...], 0..V-1 or `ignore_index`.
-        impl: "reference" | "torch"; None lets the registry choose.
+        hidden: hidden states [B, T, E] or [N, E].
+        weight: head [V, E] of hidden's dtype.
+        labels: int64 [B, T] or [N], each below V, or ignore_index for a token that does not count.
+        ignore_index: the label of tokens that do not count.
+        impl: pin an implementation by name.
 
     Returns:
-        loss_sum in nats (float32, float64 for float64 inputs) and num_valid (int64).
+        loss_sum, a float32 scalar in nats, and num_valid, the int64 count of tokens in it.
 
     Raises:
-        ValueError: shapes do not fit or the pinned implementation cannot run.
+        ValueError: shapes or dtypes that do not fit together.
     """
-    if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[-1]:
+    if hidden.dim() not in (2, 3) or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and labels "
-            f"{tuple(labels.shape)} must be [..., E], [V, E] and [...]"
+            f"hidden has shape {list(hidden.shape)}, weight {list(weight.shape)}; give "
+            "[tokens, size] or [batch, tokens, size] and [vocabulary, size]"
         )
+    if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels are {labels.dtype} {list(labels.shape)}; give int64 {list(hidden.shape[:-1])}"
+        )
+    if weight.dtype != hidden.dtype:
+        raise ValueError(f"weight is {weight.dtype}, hidden {hidden.dtype}; convert one of them")
     function = choose("cross_entropy", IMPLEMENTATIONS, hidden, impl)
-    rows = labels.flatten() != ignore_index
-    loss_sum = function(hidden.flatten(0, -2)[rows], weight, labels.flatten()[rows])
-    return loss_sum, rows.sum()
+    loss_sum, num_valid = function(
+        hidden.flatten(0, -2), weight, labels.flatten(), ignore_index=ignore_index
+    )
+    return loss_sum, num_valid

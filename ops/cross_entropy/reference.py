@@ -1,13 +1,14 @@
-"""Definition: the logits of every token, in float32 at least."""
+"""The definition of the loss: all logits in float64, differentiable by autograd."""
 
 import torch
-import torch.nn.functional as F
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
-    """Sum over tokens of logsumexp(logits) - logits[label]; hidden [N, E], labels [N]."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = hidden.to(wide) @ weight.to(wide).T
-    return F.nll_loss(logits.log_softmax(-1), labels, reduction="sum")
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `ops.cross_entropy.linear_cross_entropy` of hidden [N, E] by its definition."""
+    valid = labels != ignore_index
+    logits = hidden[valid].double() @ weight.double().mT
+    label_logits = logits.gather(1, labels[valid, None]).squeeze(1)
+    loss_sum = (logits.logsumexp(dim=1) - label_logits).sum()
+    return loss_sum.float(), valid.sum()

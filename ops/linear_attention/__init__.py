@@ -105,8 +105,15 @@ def _check(
             f"log_decay {tuple(log_decay.shape)} must be {(B, T, H_state)} or "
             f"{(B, T, H_state, D_k)}"
         )
+    if T == 0:
+        raise ValueError(f"q {tuple(q.shape)} holds no token; T must be 1 at least")
     if cu_seqlens is not None and B != 1:
         raise ValueError(f"cu_seqlens needs packed input with B=1, not B={B}")
+    if cu_seqlens is not None and (int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != T):
+        raise ValueError(
+            f"cu_seqlens runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}; it must run from "
+            f"0 to T={T}"
+        )
     num_states = B if cu_seqlens is None else len(cu_seqlens) - 1
     if initial_state is not None and initial_state.shape != (num_states, H_state, D_k, D_v):
         raise ValueError(

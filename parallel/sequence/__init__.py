@@ -7,9 +7,9 @@ sequence axis each is the operator itself on the layout's documents.
 from dataclasses import dataclass
 
 import torch
-from ops.attention import attention as attention_op
 
 from conf.schema import OpsConfig
+from ops.attention import attention as attention_op
 from ops.linear_attention import linear_attention as linear_attention_op
 from parallel.layout import SequenceLayout
 from parallel.mesh import Mesh

@@ -100,9 +100,7 @@ def test_wrong_value_is_named_with_one_that_works(refused: Refuse, override: str
         ("empty.txt", "data.path='empty.txt' matches empty files only ... name other files"),
     ],
 )
-def test_data_that_is_not_there(
-    refused: Refuse, tmp_path: Path, path: str, message: str
-) -> None:
+def test_data_that_is_not_there(refused: Refuse, tmp_path: Path, path: str, message: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.txt").touch()
     assert_says(refused("train", "data=text", f"data.path={path}"), message)

@@ -1,4 +1,4 @@
-"""launcher=ray: workers give the losses of one process, start again when one dies, stop when told."""
+"""launcher=ray: workers give the losses of one process, and start again when one dies."""
 
 import time
 from pathlib import Path

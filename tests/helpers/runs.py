@@ -97,9 +97,7 @@ class Run:
         return self._log.read_text()
 
 
-def run(
-    arguments: list[str], cwd: Path, *, expect: int = 0, faults: Faults | None = None
-) -> str:
+def run(arguments: list[str], cwd: Path, *, expect: int = 0, faults: Faults | None = None) -> str:
     """Run the command to its end, check its exit code and return what it wrote to the console."""
     started = Run(arguments, cwd, faults=faults)
     assert started.wait() == expect, started.log

@@ -307,7 +307,9 @@ def test_initial_weights_have_the_configured_spread() -> None:
         else:
             std = out_std if "o_proj" in name or "down_proj" in name else 0.1
             sampling_error = (2 * parameter.numel()) ** -0.5
-            assert float(parameter.std()) == pytest.approx(std, rel=4 * sampling_error), name
+            assert float(parameter.detach().std()) == pytest.approx(std, rel=4 * sampling_error), (
+                name
+            )
 
 
 @torch.no_grad()
@@ -328,12 +330,19 @@ def test_a_window_that_holds_everything_is_full_attention() -> None:
     assert difference[WINDOW:].abs().max() > 1e-2
 
 
-def test_bfloat16_follows_float32() -> None:
+@every_model
+def test_bfloat16_follows_float32(kind: str) -> None:
+    # A head of few channels can be nearly silent, and its norm then magnifies every rounding.
+    wide_heads = "model.mixers.linear.head_dim=64"
     batch = random_batch([40, 30], vocab_size=40)
-    wide = loss_and_gradients(make_model("hybrid"), [40, 30], batch.tokens, batch.labels)
-    narrow = make_model("hybrid", dtype=torch.bfloat16)
-    results = loss_and_gradients(narrow, [40, 30], batch.tokens, batch.labels)
+    wide = make_model(kind, wide_heads)
+    expected = loss_and_gradients(wide, [40, 30], batch.tokens, batch.labels)
+    narrow = make_model(kind, wide_heads, dtype=torch.bfloat16)
+    found = loss_and_gradients(narrow, [40, 30], batch.tokens, batch.labels)
     assert all(parameter.dtype == torch.float32 for parameter in narrow.parameters())
-    assert_close("loss_sum", results["loss_sum"], wide["loss_sum"], torch.bfloat16)
-    a, b = (torch.cat([v.flatten() for n, v in r.items() if "." in n]) for r in (results, wide))
+    assert found["loss_sum"].dtype == torch.float32
+    assert_close("loss_sum", found["loss_sum"], expected["loss_sum"], torch.bfloat16)
+    a, b = (
+        torch.cat([x[n].flatten() for n, _ in wide.named_parameters()]) for x in (found, expected)
+    )
     assert float(torch.cosine_similarity(a, b, dim=0)) > 0.999

@@ -300,3 +300,16 @@ def test_packing_is_for_one_row_and_states_are_one_per_document() -> None:
         linear_attention(x[:1], x[:1], x[:1], cu_seqlens=cu_seqlens, initial_state=state)
     with pytest.raises(ValueError, match="linear_attention=cuda: no such implementation"):
         linear_attention(x, x, x, impl="cuda")
+
+
+@pytest.mark.parametrize("ends", [[0, 5], [0, 20], [2, 10]], ids=str)
+def test_documents_must_cover_the_tokens(ends):
+    q, k, v = torch.randn(3, 1, 10, 2, 4).unbind(0)
+    with pytest.raises(ValueError, match=r"must run from 0 to T=10"):
+        linear_attention(q, k, v, cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+
+
+def test_no_token_is_refused():
+    q, k, v = torch.randn(3, 1, 0, 2, 4).unbind(0)
+    with pytest.raises(ValueError, match=r"T must be 1"):
+        linear_attention(q, k, v)

@@ -1,4 +1,4 @@
-"""Two ranks compute what one computes, at every ZeRO stage, and either continues the other's run."""
+"""Two ranks compute what one does, at every ZeRO stage, and either continues the other's run."""
 
 import time
 from pathlib import Path

@@ -26,7 +26,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, *overrides: str) -> list[str]:
-    return tiny(folder, f"run.steps={STEPS}", "checkpoint.every=2", "evaluation.every=3", *overrides)
+    return tiny(
+        folder, f"run.steps={STEPS}", "checkpoint.every=2", "evaluation.every=3", *overrides
+    )
 
 
 def assert_same_numbers(folder: Path, name: str) -> None:
@@ -94,7 +96,11 @@ def test_config_of_a_run_repeats_it(folder: Path) -> None:
         ["parallel.recompute=selective"],
         ["parallel.recompute=full"],
         ["parallel.recompute=full", "parallel.zero_stage=3"],
-        ["ops.linear_attention=reference", "ops.attention=reference", "ops.cross_entropy=reference"],
+        [
+            "ops.linear_attention=reference",
+            "ops.attention=reference",
+            "ops.cross_entropy=reference",
+        ],
     ],
     ids=lambda overrides: "-".join(o.partition(".")[2] for o in overrides),
 )
