@@ -1,4 +1,4 @@
-"""Norm, projection, rotary embedding and FFN: the parts that every layer shares.
+"""Norm, projection and FFN: the parts that every layer shares.
 
 Parameters are float32; a module computes in the dtype of its input, statistics in float32.
 """
@@ -9,6 +9,7 @@ from torch import nn
 
 from conf.schema import FFNConfig, SpikeConfig
 from models.spiking import Activation, SpikeEncoder, Spikes
+from ops.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -20,8 +21,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        return F.rms_norm(wide, self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Projection(nn.Module):
@@ -45,22 +45,6 @@ class Projection(nn.Module):
         nn.init.normal_(self.weight, std=std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-
-def rotary(x: torch.Tensor, position_ids: torch.Tensor, theta: float) -> torch.Tensor:
-    """Rotate halves of each head by the token's position (arXiv:2104.09864).
-
-    Args:
-        x: [B, T, H, D].
-        position_ids: int64 [T].
-        theta: base of the wave lengths.
-    """
-    half = x.shape[-1] // 2
-    exponent = torch.arange(half, device=x.device, dtype=torch.float32) / half
-    angle = position_ids[:, None].float() * theta**-exponent  # [T, D / 2]
-    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    a, b = x[..., :half].float(), x[..., half:].float()
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
 class SwiGLU(nn.Module):

@@ -8,9 +8,10 @@ from pydantic.dataclasses import dataclass
 
 from conf.schema import STRICT, OpsConfig, PositiveFloat, PositiveInt, SpikeConfig
 from models.cache import KeyValueCache, MixerCache
-from models.layers import Projection, rotary
+from models.layers import Projection
 from models.mixers import Mixer
 from models.spiking import SpikeEncoder
+from ops.rotary import rotary, rotary_table
 from parallel.sequence import SequenceContext, attention
 
 
@@ -58,21 +59,20 @@ class SoftmaxAttention(Mixer):
         self.o_proj = Projection(q_size, hidden_size)
 
     def _project(
-        self, x: torch.Tensor, position_ids: torch.Tensor
+        self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return rotated q [B, T, H, D], k and v [B, T, H_kv, D]."""
+        """Return q [B, T, H, D] and k, rotated by the table, and v [B, T, H_kv, D]."""
         encoded = self.encode_in(x)
         split = (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = (p(encoded).view(split) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.config.rope_theta is not None:
-            q = rotary(q, position_ids, self.config.rope_theta)
-            k = rotary(k, position_ids, self.config.rope_theta)
-        return q, k, v
+        return (q, k, v) if table is None else (rotary(q, *table), rotary(k, *table), v)
 
     def forward(
         self, x: torch.Tensor, context: SequenceContext, cache: MixerCache | None = None
     ) -> torch.Tensor:
-        q, k, v = self._project(x, context.layout.position_ids())
+        head_dim, theta = self.config.head_dim, self.config.rope_theta
+        table = None if theta is None else context.rotary_table(head_dim, theta)
+        q, k, v = self._project(x, table)
         if isinstance(cache, KeyValueCache):
             cache.fill(k, v)
         out = attention(q, k, v, context, window_size=self.config.window_size)
@@ -80,7 +80,11 @@ class SoftmaxAttention(Mixer):
 
     def decode(self, x: torch.Tensor, cache: MixerCache, position: int) -> torch.Tensor:
         assert isinstance(cache, KeyValueCache), "softmax attention decodes with its own cache"
-        q, k, v = self._project(x, torch.tensor([position], device=x.device))
+        table = None
+        if self.config.rope_theta is not None:
+            positions = torch.tensor([position], device=x.device)
+            table = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+        q, k, v = self._project(x, table)
         keys, values = cache.append(k, v)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), enable_gqa=True

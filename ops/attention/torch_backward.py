@@ -51,7 +51,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Operands:
-    """What the products read, [heads, rows, columns]; rows of queries are (token, head of group)."""
+    """What the products read, [heads, rows, columns]; rows of queries are (token, group head)."""
 
     queries: torch.Tensor
     queries_lse: torch.Tensor
@@ -99,7 +99,7 @@ def attend_backward(
     at_once = max(1, TILE_COLUMNS * TILE_KEYS // area)
     num_rows, num_heads = min(B, max(1, at_once // H_kv)), min(H_kv, at_once)
     buffers = q.new_empty(2, num_rows * num_heads * area)
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for row in range(0, B, num_rows):
         for head in range(0, H_kv, num_heads):
             rows, kv = slice(row, row + num_rows), slice(head, head + num_heads)
@@ -115,10 +115,10 @@ def attend_backward(
                 scale,
             )
             totals = _sum_tiles(operands, blocks, bias, buffers)
-            for grad, part, total in zip(grads, (heads, kv, kv), totals, strict=True):
+            for grad, part, total in zip((dq, dk, dv), (heads, kv, kv), totals, strict=True):
                 target = _split_heads(grad[rows, :, part], k[:, :, kv].shape[2])
                 target.copy_(total.view(target.shape))
-    return grads
+    return dq, dk, dv
 
 
 class _BandBias:
@@ -181,15 +181,14 @@ def _sum_tiles(
     for block in blocks:
         rows = slice(block.start * group, block.stop * group)
         queries, douts = _cut(operands.queries, rows), _cut(operands.douts, rows)
-        total: torch.Tensor | None = None
+        parts = []
         for tile in block.tiles:
             keys = slice(tile.first, tile.last)
             p, ds = _compute_tile(operands, rows, block, tile, bias, buffers)
             dv[:, keys].add_(torch.bmm(p, douts))
             dk[:, keys].add_(torch.bmm(ds, queries))
-            part = torch.bmm(ds.mT, _cut(operands.keys, keys))
-            total = part if total is None else part + total.to(sum_dtype)
-        dq[:, rows] = total
+            parts.append(torch.bmm(ds.mT, _cut(operands.keys, keys)))
+        dq[:, rows] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0, dtype=sum_dtype)
     if operands.factor != 1.0:
         dq *= operands.factor
     return dq, dk.mul_(operands.scale), dv

@@ -68,9 +68,8 @@ def attend_band(
 def merge(first: Partial, second: Partial) -> Partial:
     """Combine attention to two disjoint sets of keys (section 2 of arXiv:2310.01889)."""
     lse = torch.logaddexp(first[1], second[1])
-    out = sum(
-        (part_lse - lse).exp()[..., None] * part_out for part_out, part_lse in (first, second)
-    )
+    first_weight, second_weight = ((x - lse).exp()[..., None] for x in (first[1], second[1]))
+    out = first_weight * first[0] + second_weight * second[0]
     return out.to(first[0].dtype), lse
 
 

@@ -5,7 +5,7 @@ without causal all keys) and a causal band over the others. The forward pass att
 and merges the two by their log-sum-exp; the backward pass recomputes tiles of both.
 """
 
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,18 +83,22 @@ def attention_bwd(
     """
     if settings.documents is None:
         return _attend_rows_backward(dout, dlse, q, k, v, out, lse, settings)
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for run in _equal_documents(settings.documents):
-        results = _attend_rows_backward(
+        run_dq, run_dk, run_dv = _attend_rows_backward(
             run.rows(dout),
             None if dlse is None else run.rows(dlse.mT).mT,
-            *(run.rows(x) for x in (q, k, v, out)),
+            run.rows(q),
+            run.rows(k),
+            run.rows(v),
+            run.rows(out),
             run.rows(lse.mT).mT,
             settings,
         )
-        for grad, result in zip(grads, results, strict=True):
-            run.rows(grad).copy_(result)
-    return grads
+        run.rows(dq).copy_(run_dq)
+        run.rows(dk).copy_(run_dk)
+        run.rows(dv).copy_(run_dv)
+    return dq, dk, dv
 
 
 class _Attention(torch.autograd.Function):
@@ -134,36 +138,32 @@ class _Run:
         return tokens.unflatten(0, (self.count, self.length))
 
 
-def _equal_documents(bounds: tuple[int, ...]) -> Iterator[_Run]:
-    start = count = length = 0
-    for begin, end in zip(bounds, bounds[1:], strict=False):
-        if count and end - begin != length:
-            yield _Run(start, count, length)
-            count = 0
-        if end > begin:
-            start, length = (start, length) if count else (begin, end - begin)
-            count += 1
-    if count:
-        yield _Run(start, count, length)
+def _equal_documents(bounds: tuple[int, ...]) -> list[_Run]:
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    runs, start = [], 0
+    for length, documents in itertools.groupby(length for length in lengths if length > 0):
+        runs.append(_Run(start, len(list(documents)), length))
+        start += runs[-1].count * length
+    return runs
 
 
 def _attend_rows(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, D]
-    num_keys = k.shape[2]
-    num_open = settings.count_open_keys(num_keys)
+    window, scale = settings.window_size, settings.scale
+    num_open = settings.count_open_keys(k.shape[2])
     if num_open == 0:
-        out, lse = attend_band(q, k, v, settings.window_size, settings.scale)
+        out, lse = attend_band(q, k, v, window, scale)
         return out.transpose(1, 2), lse
-    out, lse = attend(q, k[:, :, :num_open], v[:, :, :num_open], settings.scale)
-    if num_open < num_keys:
-        rest = attend_band(
-            *(x[:, :, num_open:] for x in (q, k, v)), settings.window_size, settings.scale
+    out, lse = attend(q, k[:, :, :num_open], v[:, :, :num_open], scale)
+    if num_open < k.shape[2]:
+        band = attend_band(
+            q[:, :, num_open:], k[:, :, num_open:], v[:, :, num_open:], window, scale
         )
-        late = merge((out[:, :, num_open:], lse[:, :, num_open:]), rest)
-        out = torch.cat((out[:, :, :num_open], late[0]), dim=2)
-        lse = torch.cat((lse[:, :, :num_open], late[1]), dim=2)
+        late_out, late_lse = merge((out[:, :, num_open:], lse[:, :, num_open:]), band)
+        out = torch.cat((out[:, :, :num_open], late_out), dim=2)
+        lse = torch.cat((lse[:, :, :num_open], late_lse), dim=2)
     return out.transpose(1, 2), lse
 
 

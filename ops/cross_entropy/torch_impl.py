@@ -1,8 +1,8 @@
 """Cross entropy of a linear head by chunks of tokens; gradients come with the forward pass.
 
-With m the largest logit of a token, e = exp(logits - m), s = sum(e) and y one-hot at the label:
-loss = log s + m - logit[label] and d logits = (e - s y) / s. A chunk of logits becomes e and then
-e - s y in place; the division by s is made on hidden and its gradient, which are far smaller.
+A chunk of logits becomes its softmax p and then its gradient, p minus one at the label, in place.
+The loss -log p[label] is read off p: PyTorch's softmax has float32 statistics inside and costs
+less than a maximum, a difference, an exponential and a sum one after the other.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 # Few large chunks: every further one costs a pass over the float32 gradient of the weight.
 CHUNK_BYTES = 1 << 28
+SOFTMAX_ROWS = 64  # few: the copy back in place comes from the cache
 
 
 def linear_cross_entropy(
@@ -46,12 +47,13 @@ def linear_cross_entropy_fwd(
     for start in range(0, num_tokens, chunk):
         rows = slice(start, min(start + chunk, num_tokens))
         logits = torch.mm(hidden[rows], weight.mT, out=buffer[: rows.stop - start])
-        total, losses = _softmax_in_place(logits, labels[rows], sum_dtype)
-        loss_sum += losses.sum()
+        for block in logits.split(SOFTMAX_ROWS):
+            block.copy_(block.softmax(dim=1))
+        loss_sum += _sum_losses(logits, hidden[rows], weight, labels[rows], sum_dtype)
         if dhidden is not None:
-            dhidden[rows] = torch.mm(logits, weight) / total
+            torch.mm(logits, weight, out=dhidden[rows])
         if needs_dweight:
-            part = torch.mm(logits.mT, (hidden[rows] / total).to(hidden.dtype))
+            part = torch.mm(logits.mT, hidden[rows])
             dweight = part if dweight is None else dweight.to(sum_dtype).add_(part)
     if needs_dweight:
         dweight = torch.zeros_like(weight) if dweight is None else dweight.to(weight.dtype)
@@ -87,31 +89,27 @@ def _choose_chunk(hidden: torch.Tensor, weight: torch.Tensor) -> int:
     return -(-num_tokens // num_chunks)
 
 
-def _softmax_in_place(
-    logits: torch.Tensor, labels: torch.Tensor, sum_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn logits [N, V] into e - s y; return s [N, 1] and the losses [N]."""
-    logits -= logits.amax(dim=1, keepdim=True)
-    label_logits = logits.gather(1, labels[:, None])
-    logits.exp_()
-    total = _sum_rows(logits, sum_dtype)
-    losses = total.log() - label_logits
-    label_exps = logits.gather(1, labels[:, None])
-    logits.scatter_(1, labels[:, None], (label_exps - total).to(logits.dtype))
-    return total, losses.squeeze(1)
+def _sum_losses(
+    probs: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return the sum of -log probs[label] and turn probs [N, V] into the gradient of the logits.
 
-
-def _sum_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the row sums of x [N, V] in dtype, [N, 1].
-
-    A sum with a wider dtype would copy x. In 16 bits two plain sums, which round only their
-    results, give the sum and, with its negative in place of the first column, what it lacks.
+    Of a likely label 1 - p is exact as the sum of the other probabilities, of an unlikely one p
+    itself; where p is too small for its dtype, the label is compared with the likeliest token.
     """
-    total = x.sum(dim=1, keepdim=True)
-    if x.dtype == dtype:
-        return total
-    first = x[:, :1].clone()
-    x[:, :1] = -total
-    lack = x.sum(dim=1, keepdim=True)
-    x[:, :1] = first
-    return total.to(dtype) + lack.to(dtype) + first.to(dtype)
+    at_label = (torch.arange(len(labels), device=labels.device), labels)
+    label_probs = probs[at_label].to(dtype)
+    probs[at_label] = 0.0
+    others = probs.sum(dim=1).to(dtype)
+    probs[at_label] = -others.to(probs.dtype)
+    losses = torch.where(others < 0.5, -torch.log1p(-others), -label_probs.log())
+    lost = (label_probs < torch.finfo(probs.dtype).tiny).nonzero().squeeze(1)
+    if len(lost):
+        top_probs, top = probs[lost].max(dim=1)
+        margin = (hidden[lost].to(dtype) * (weight[top].to(dtype) - weight[labels[lost]])).sum(1)
+        losses[lost] = margin - top_probs.to(dtype).log()
+    return losses.sum()

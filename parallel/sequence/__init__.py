@@ -4,13 +4,14 @@ A mixer calls these with its context and never asks how many ranks there are. Wi
 sequence axis each is the operator itself on the layout's documents.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from conf.schema import OpsConfig
 from ops.attention import attention as attention_op
 from ops.linear_attention import linear_attention as linear_attention_op
+from ops.rotary import rotary_table
 from parallel.layout import SequenceLayout
 from parallel.mesh import Mesh
 
@@ -22,6 +23,16 @@ class SequenceContext:
     mesh: Mesh
     layout: SequenceLayout
     ops: OpsConfig
+    _tables: dict[tuple[int, float], tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, compare=False
+    )
+
+    def rotary_table(self, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin, [T, head_dim / 2], of this rank's positions; made once."""
+        key = (head_dim, theta)
+        if key not in self._tables:
+            self._tables[key] = rotary_table(self.layout.position_ids(), head_dim, theta)
+        return self._tables[key]
 
 
 def attention(

@@ -1,0 +1,33 @@
+"""Rotary embedding in few passes over memory; the backward pass turns the other way."""
+
+from typing import Any
+
+import torch
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """See `ops.rotary.rotary`."""
+    out: torch.Tensor = _Rotary.apply(x, cos, sin)
+    return out
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, cos, sin):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
+        cos, sin = ctx.saved_tensors
+        return _turn(dout, cos, sin, -1.0), None, None
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: float) -> torch.Tensor:
+    cos, sin = cos[:, None], sin[:, None]
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out_a, out_b = out.chunk(2, -1)
+    out_a.copy_((a * cos).addcmul_(b, sin, value=-direction))
+    out_b.copy_((b * cos).addcmul_(a, sin, value=direction))
+    return out

@@ -1,0 +1,272 @@
+"""Attention: the definition against PyTorch's own, the implementations against the definition."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.assertions import assert_close
+
+from ops.attention import attention
+from ops.attention.torch_forward import attend, attend_portable
+from ops.attention.torch_impl import Settings, attention_bwd, attention_fwd
+
+IMPLEMENTATIONS = ("torch",)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+class Case(NamedTuple):
+    """One row: documents packed in a row, or the rows of a batch of equally long ones."""
+
+    lengths: tuple[int, ...]
+    H: int = 3
+    H_kv: int = 3
+    D: int = 64
+    window_size: int | None = None
+    num_sinks: int = 0
+    causal: bool = True
+    packed: bool = True
+    scale: float | None = None
+    magnitude: float = 1.0
+
+    def __str__(self) -> str:
+        lengths = "+".join(map(str, self.lengths)) if self.packed else f"{len(self.lengths)}x"
+        lengths += "" if self.packed else str(self.lengths[0])
+        options = {
+            "-w": self.window_size,
+            "-sinks": self.num_sinks,
+            "-scale": self.scale,
+            "-x": self.magnitude if self.magnitude != 1.0 else None,
+        }
+        suffix = "".join(f"{name}{value}" for name, value in options.items() if value)
+        full = "" if self.causal else "-full"
+        return f"T{lengths}-H{self.H}/{self.H_kv}-D{self.D}{suffix}{full}"
+
+
+CASES = [
+    *[Case((T,), window_size=w) for T in (1, 63, 64, 65, 300) for w in (None, 1, 16, 1000)],
+    Case((300,), H=6, H_kv=2),
+    Case((300,), H=7, H_kv=1, window_size=70),
+    Case((65,), H=7, H_kv=1, D=32),
+    Case((300,), D=32, window_size=100),
+    Case((600,), H=1, H_kv=1, window_size=300),
+    Case((65, 65), H=6, H_kv=2, packed=False),
+    Case((300, 300), H=6, H_kv=2, window_size=16, num_sinks=3, packed=False),
+    Case((1, 300, 1)),
+    Case((1, 70, 70, 70, 2), window_size=16),
+    Case((64, 64, 0, 64), H=6, H_kv=2, num_sinks=2),
+    Case((1, 300, 3), H=6, H_kv=2, window_size=16, num_sinks=4),
+    Case((300,), num_sinks=65),
+    Case((65,), num_sinks=100),
+    Case((65,), num_sinks=1, window_size=1),
+    Case((300,), H=6, H_kv=2, D=32, num_sinks=5, window_size=100),
+    Case((65,), H=7, H_kv=1, causal=False),
+    Case((300, 300), causal=False, packed=False),
+    Case((1, 63, 64), H=6, H_kv=2, causal=False),
+    Case((100,), scale=0.3),
+]  # fmt: skip
+SMALL = [case for case in CASES if sum(case.lengths) <= 130]
+EXTREME = [
+    Case((65,), magnitude=100.0),
+    Case((65,), magnitude=100.0, window_size=16, num_sinks=2),
+    Case((65,), H=2, H_kv=1, D=32, magnitude=100.0, causal=False),
+]
+
+
+class Results(NamedTuple):
+    out: torch.Tensor
+    lse: torch.Tensor
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+
+
+def make_inputs(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return q, k, v, dout and dlse."""
+    rows = (1, sum(case.lengths)) if case.packed else (len(case.lengths), case.lengths[0])
+    shapes = [(*rows, H, case.D) for H in (case.H, case.H_kv, case.H_kv, case.H)]
+    q, k, v, dout = (torch.randn(shape).to(dtype) for shape in shapes)
+    return [q * case.magnitude, k, v, dout, torch.randn(rows[0], case.H, rows[1])]
+
+
+def run(case: Case, inputs: list[torch.Tensor], impl: str) -> Results:
+    *qkv, dout, dlse = inputs
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    bounds = torch.tensor([0, *case.lengths]).cumsum(0).int() if case.packed else None
+    out, lse = attention(
+        *leaves,
+        causal=case.causal,
+        window_size=case.window_size,
+        num_sinks=case.num_sinks,
+        scale=case.scale,
+        cu_seqlens=bounds,
+        impl=impl,
+    )
+    assert out.dtype == qkv[0].dtype
+    assert lse.dtype == torch.float32
+    return Results(out, lse, *torch.autograd.grad((out, lse), leaves, (dout, dlse)))
+
+
+def visible_keys(case: Case, T: int) -> torch.Tensor:
+    """Return [T, T], key by key from the words of the contract."""
+    visible = torch.zeros(T, T, dtype=torch.bool)
+    start = 0
+    for length in case.lengths if case.packed else case.lengths[:1]:
+        for t in range(length):
+            for s in range(length):
+                in_window = case.window_size is None or s > t - case.window_size
+                if s < case.num_sinks or not case.causal or (s <= t and in_window):
+                    visible[start + t, start + s] = True
+        start += length
+    return visible
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_reference_is_masked_softmax_attention(case: Case) -> None:
+    inputs = make_inputs(case, torch.float64)
+    results = run(case, inputs, "reference")
+    leaves = [x.requires_grad_() for x in inputs[:3]]
+    q, k, v = (x.transpose(1, 2) for x in leaves)
+    group, mask = case.H // case.H_kv, visible_keys(case, q.shape[2])
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=case.scale)
+    scores = (q * (case.scale or case.D**-0.5)) @ k.mT
+    lse = torch.log(torch.where(mask, scores.exp(), 0.0).sum(-1))
+    grads = torch.autograd.grad((out.transpose(1, 2), lse), leaves, inputs[3:])
+    assert_close("lse", results.lse, lse, torch.float32)
+    for name, value in zip(("dq", "dk", "dv"), grads, strict=True):
+        # The gradient for lse enters the implementations in float32.
+        assert_close(name, getattr(results, name), value, torch.float64)
+    assert_close("out", results.out, out.transpose(1, 2), torch.float64)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_implementation_equals_reference(case: Case, dtype: torch.dtype, impl: str) -> None:
+    inputs = make_inputs(case, dtype)
+    expected = run(case, [x.double() for x in inputs[:4]] + inputs[4:], "reference")
+    actual = run(case, inputs, impl)
+    lse_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    for name, value in actual._asdict().items():
+        assert_close(name, value, getattr(expected, name), lse_dtype if name == "lse" else dtype)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", EXTREME, ids=str)
+def test_extreme_scores_give_no_overflow(case: Case, dtype: torch.dtype, impl: str) -> None:
+    inputs = make_inputs(case, dtype)
+    expected = run(case, [x.double() for x in inputs[:4]] + inputs[4:], "reference")
+    for name, value in run(case, inputs, impl)._asdict().items():
+        # Scores of several hundred leave no more than 16-bit accuracy to their exponentials.
+        assert_close(name, value, getattr(expected, name), torch.bfloat16)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_inputs_need_not_be_contiguous(impl: str) -> None:
+    case = Case((100,), H=6, H_kv=2, num_sinks=3, window_size=16)
+    inputs = make_inputs(case, torch.float32)
+    expected = run(case, inputs, impl)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:4]]
+    strided += [inputs[4].mT.contiguous().mT]
+    for name, value in run(case, strided, impl)._asdict().items():
+        assert_close(name, value, getattr(expected, name), torch.float32)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("only", ["out", "lse"])
+def test_each_result_can_be_differentiated_alone(only: str, impl: str) -> None:
+    inputs = [x.requires_grad_() for x in make_inputs(Case((65,)), torch.float64)[:3]]
+    results = [
+        dict(zip(("out", "lse"), attention(*inputs, impl=x), strict=True))
+        for x in ("reference", impl)
+    ]
+    grads = [torch.autograd.grad(x[only].sum(), inputs, allow_unused=True) for x in results]
+    for name, expected, actual in zip(("dq", "dk", "dv"), *grads, strict=True):
+        expected = torch.zeros_like(actual) if expected is None else expected
+        assert_close(name, actual, expected, torch.float64)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_keys_may_be_more_than_queries_without_causal(impl: str) -> None:
+    q, k, v, dout, dlse = make_inputs(Case((70,), H=6, H_kv=2), torch.float64)
+    leaves = [x.requires_grad_() for x in (q[:, :30].clone(), k, v)]
+    results = []
+    for name in ("reference", impl):
+        out, lse = attention(*leaves, causal=False, impl=name)
+        grads = torch.autograd.grad((out, lse), leaves, (dout[:, :30], dlse[:, :, :30]))
+        results.append((out, *grads))
+    for name, expected, actual in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+        assert_close(name, actual, expected, torch.float64)
+    plain = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves), enable_gqa=True)
+    assert_close("out", results[0][0].transpose(1, 2), plain, torch.float64)
+
+
+def test_gradients_of_parts_of_the_keys_sum_to_those_of_the_whole() -> None:
+    q, k, v, dout, dlse = make_inputs(Case((70,), H=6, H_kv=2), torch.float64)
+    settings = Settings(False, None, 0, 0.125, None)
+    out, lse = attention_fwd(q, k, v, settings)
+    dq, dk, dv = attention_bwd(dout, dlse, q, k, v, out, lse, settings)
+    parts = [
+        attention_bwd(dout, dlse, q, k[:, keys], v[:, keys], out, lse, settings)
+        for keys in (slice(0, 30), slice(30, 70))
+    ]
+    assert_close("dq", parts[0][0] + parts[1][0], dq, torch.float64)
+    assert_close("dk", torch.cat([part[1] for part in parts], 1), dk, torch.float64)
+    assert_close("dv", torch.cat([part[2] for part in parts], 1), dv, torch.float64)
+
+
+@pytest.mark.parametrize("kind", ["open", "causal", "biased"])
+def test_portable_forward_equals_the_fused_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ops.attention.torch_forward.MAX_SCORES", 10_000)  # several blocks of rows
+    inputs = make_inputs(Case((65, 65), H=6, H_kv=2, packed=False), torch.float32)
+    q, k, v = (x.transpose(1, 2) for x in inputs[:3])
+    hidden = torch.rand(65, 65).gt(0.5).fill_diagonal_(False)
+    bias = torch.zeros(65, 65).masked_fill(hidden, float("-inf")) if kind == "biased" else None
+    results = [
+        f(q, k, v, 0.3, causal=kind == "causal", bias=bias) for f in (attend, attend_portable)
+    ]
+    for name, expected, actual in zip(("out", "lse"), *results, strict=True):
+        assert_close(name, actual, expected, torch.float32)
+
+
+def test_long_rows_are_cut_into_tiles_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ops.attention.torch_backward.TILE_KEYS", 50)
+    case = Case((1, 300), H=6, H_kv=2, window_size=200, num_sinks=60)
+    inputs = make_inputs(case, torch.float64)
+    expected = run(case, inputs, "reference")
+    for name, value in run(case, inputs, "torch")._asdict().items():
+        dtype = torch.float32 if name == "lse" else torch.float64
+        assert_close(name, value, getattr(expected, name), dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(1, 8, 4, 16)}, "v has shape"),
+        ({"k": torch.zeros(1, 8, 4, 16), "v": torch.zeros(1, 8, 4, 16)}, "do not divide the 6"),
+        ({"k": torch.zeros(1, 9, 2, 16), "v": torch.zeros(1, 9, 2, 16)}, "needs as many"),
+        ({"k": torch.zeros(1, 8, 2, 16).double()}, "convert k"),
+        ({"q": torch.zeros(8, 6, 16)}, "q has shape"),
+        ({"q": torch.zeros(1, 8, 6, 32)}, "batch and dim must be equal"),
+        ({"window_size": 0}, "window_size=0 must be at least 1"),
+        ({"window_size": 4, "causal": False}, "needs causal=True"),
+        ({"num_sinks": -1}, "num_sinks=-1 must not be negative"),
+        ({"cu_seqlens": torch.tensor([0, 8])}, "give int32"),
+        ({"cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)}, "must rise from 0 to the 8"),
+        ({"cu_seqlens": torch.tensor([0, 5, 3, 8], dtype=torch.int32)}, "must rise from 0"),
+        ({"impl": "cuda"}, "no such implementation"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
+    k = torch.zeros(1, 8, 2, 16)
+    arguments = {"q": torch.zeros(1, 8, 6, 16), "k": k, "v": k, **change}
+    with pytest.raises(ValueError, match=message):
+        attention(**arguments)
+
+
+def test_packed_documents_need_a_batch_of_one() -> None:
+    x = torch.zeros(2, 8, 2, 16)
+    with pytest.raises(ValueError, match="flatten the batch"):
+        attention(x, x, x, cu_seqlens=torch.tensor([0, 8], dtype=torch.int32))
