@@ -30,6 +30,7 @@ def launch_on_ray(config: Config, accelerator: Accelerator) -> int:
     """
     if config.run.resume == "never":  # the run directory was new when the command started
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="auto"))
+    logger.info("starting Ray and %d workers", config.launcher.num_workers)
     ray.init(
         address="local",
         num_cpus=config.launcher.num_workers,

@@ -136,9 +136,13 @@ def _unfinished(config: Config) -> list[Path]:
     return found
 
 
+def _has_begun(path: Path) -> bool:
+    return (path / "metrics.jsonl").exists() or (path / "checkpoints").exists()
+
+
 def _check_resume(config: Config, path: Path) -> None:
     resume = config.run.resume
-    if resume == "never" and (path / "metrics.jsonl").exists():
+    if resume == "never" and _has_begun(path):
         raise ValueError(
             f"run.resume=never: run.dir={path} holds a run already; use another run.dir, "
             "or run.resume=auto to continue it"
@@ -152,7 +156,7 @@ def _check_resume(config: Config, path: Path) -> None:
 
 def _check_same(config: Config, path: Path) -> None:
     saved = _saved(path)
-    if saved is None or not (path / "metrics.jsonl").exists():
+    if saved is None or not _has_begun(path):
         return
     old, new = _decisive(saved), _decisive(config_tree(config))
     for key in sorted(old.keys() | new.keys()):

@@ -132,7 +132,7 @@ def test_ranks_of_env_need_a_place_to_meet(
     assert_says(refused("train", "launcher=env"), "RANK=2 must be in 0..WORLD_SIZE-1=1")
 
 
-@pytest.mark.parametrize("place", ["file", "file/below"])
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/longaxon"])
 def test_run_dir_that_cannot_be_a_folder(refused: Refuse, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
     line = refused("train", f"run.dir={place}")

@@ -16,8 +16,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 PRELOAD = [
     "cluster.cli", "cluster.accelerators.cpu", "cluster.launch", "trainer.checks", "trainer.loop",
@@ -109,16 +111,11 @@ def start_ranks(arguments: list[str], cwd: Path, faults: Sequence[Faults | None]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    everyone = {"WORLD_SIZE": str(len(faults)), "LOCAL_WORLD_SIZE": str(len(faults))}
-    everyone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env = {"WORLD_SIZE": str(len(faults)), "LOCAL_WORLD_SIZE": str(len(faults))}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        Run(
-            [*arguments, "launcher=env"],
-            cwd,
-            everyone | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            fault,
-        )
-        for rank, fault in enumerate(faults)
+        Run([*arguments, "launcher=env"], cwd, env | {"RANK": str(i), "LOCAL_RANK": str(i)}, fault)
+        for i, fault in enumerate(faults)
     ]
 
 
@@ -161,7 +158,7 @@ def _server() -> ForkServerContext:
     context.set_forkserver_preload(PRELOAD)
     before = os.environ.get("DS_ACCELERATOR")
     os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when the server imports it
-    multiprocessing.forkserver.ensure_running()
+    ensure_running()
     if before is None:
         del os.environ["DS_ACCELERATOR"]
     return context
@@ -186,7 +183,7 @@ def _inject(faults: Faults) -> None:
     """Put the faults in place, and a constant for the second that measuring the peak takes."""
     import trainer.loop as loop
 
-    loop.measure_peak_flops = lambda device, dtype: 1e11  # type: ignore[assignment]
+    mock.patch.object(loop, "measure_peak_flops", return_value=1e11).start()
     forward = loop.Trainer._forward
 
     def poisoned(self: loop.Trainer, batch: Any) -> Any:
@@ -198,6 +195,6 @@ def _inject(faults: Faults) -> None:
                 loss_sum.register_hook(lambda gradient: gradient * float("nan"))
         return loss_sum, num_valid
 
-    loop.Trainer._forward = poisoned  # type: ignore[method-assign]
+    mock.patch.object(loop.Trainer, "_forward", poisoned).start()
     if faults.max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (faults.max_file_bytes,) * 2)
