@@ -191,7 +191,7 @@ class ParallelConfig:
     """Longest wait in one collective."""
 
 
-Implementation = Literal["auto", "reference", "torch", "triton"]
+Implementation = Literal["auto", "reference", "torch", "cpp", "triton"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

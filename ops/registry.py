@@ -21,12 +21,14 @@ class Implementation(NamedTuple):
     """One way to compute an operator."""
 
     name: str
-    """reference, torch, triton or a vendor's name."""
+    """reference, torch, cpp, triton or a vendor's name."""
     function: str
     """`module:function`, imported when first chosen."""
     devices: tuple[str, ...] | None
     """Device types it runs on; None: every one PyTorch knows."""
     dtypes: tuple[torch.dtype, ...]
+    requires: str | None = None
+    """`module:function` that returns why it cannot run on this machine, or None where it can."""
 
 
 def choose(
@@ -82,6 +84,9 @@ def _misfit(row: Implementation, device: str, dtype: torch.dtype) -> str | None:
         return f"needs a device of {', '.join(row.devices)}, not {device}"
     if dtype not in row.dtypes:
         return f"does not take {dtype}"
+    if row.requires is not None:
+        reason: str | None = _load(row.requires)()
+        return reason
     return None
 
 

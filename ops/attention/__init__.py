@@ -9,6 +9,13 @@ import torch
 from ops.registry import FLOATS, Implementation, choose
 
 IMPLEMENTATIONS = (
+    Implementation(
+        "cpp",
+        "ops.attention.cpp_impl:attention",
+        ("cpu",),
+        (torch.bfloat16,),
+        requires="ops.attention.cpp_build:explain_absence",
+    ),
     Implementation("torch", "ops.attention.torch_impl:attention", None, FLOATS),
     Implementation("reference", "ops.attention.reference:attention", None, FLOATS),
 )

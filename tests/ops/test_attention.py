@@ -8,11 +8,25 @@ import torch.nn.functional as F
 from helpers.assertions import assert_close
 
 from ops.attention import attention
+from ops.attention.cpp_build import explain_absence
 from ops.attention.torch_forward import attend, attend_portable
 from ops.attention.torch_impl import Settings, attention_bwd, attention_fwd
 
 IMPLEMENTATIONS = ("torch",)
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+CPP_ABSENCE = explain_absence()
+ROWS = (
+    ("torch", torch.float64),
+    ("torch", torch.float32),
+    ("torch", torch.bfloat16),
+    pytest.param(
+        "cpp", torch.bfloat16, marks=pytest.mark.skipif(bool(CPP_ABSENCE), reason=str(CPP_ABSENCE))
+    ),
+)
+
+
+def name_row(value: object) -> str:
+    """Return the name of an implementation or a dtype."""
+    return str(value).removeprefix("torch.")
 
 
 class Case(NamedTuple):
@@ -64,6 +78,9 @@ CASES = [
     Case((300, 300), causal=False, packed=False),
     Case((1, 63, 64), H=6, H_kv=2, causal=False),
     Case((100,), scale=0.3),
+    Case((37, 333, 130), H=6, H_kv=2, window_size=128),
+    Case((20, 411, 33), H=4, H_kv=2, D=96),
+    Case((130,), H=2, H_kv=1, D=256),
 ]  # fmt: skip
 SMALL = [case for case in CASES if sum(case.lengths) <= 130]
 EXTREME = [
@@ -140,8 +157,7 @@ def test_reference_is_masked_softmax_attention(case: Case) -> None:
     assert_close("out", results.out, out.transpose(1, 2), torch.float64)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(("impl", "dtype"), ROWS, ids=name_row)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_implementation_equals_reference(case: Case, dtype: torch.dtype, impl: str) -> None:
     inputs = make_inputs(case, dtype)
@@ -152,8 +168,7 @@ def test_implementation_equals_reference(case: Case, dtype: torch.dtype, impl: s
         assert_close(name, value, getattr(expected, name), lse_dtype if name == "lse" else dtype)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(("impl", "dtype"), ROWS[1:], ids=name_row)
 @pytest.mark.parametrize("case", EXTREME, ids=str)
 def test_extreme_scores_give_no_overflow(case: Case, dtype: torch.dtype, impl: str) -> None:
     inputs = make_inputs(case, dtype)
@@ -163,15 +178,16 @@ def test_extreme_scores_give_no_overflow(case: Case, dtype: torch.dtype, impl: s
         assert_close(name, value, getattr(expected, name), torch.bfloat16)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_inputs_need_not_be_contiguous(impl: str) -> None:
-    case = Case((100,), H=6, H_kv=2, num_sinks=3, window_size=16)
-    inputs = make_inputs(case, torch.float32)
+@pytest.mark.parametrize(("impl", "dtype"), ROWS[1:], ids=name_row)
+@pytest.mark.parametrize("num_sinks", [0, 3])
+def test_inputs_need_not_be_contiguous(num_sinks: int, dtype: torch.dtype, impl: str) -> None:
+    case = Case((100,), H=6, H_kv=2, num_sinks=num_sinks, window_size=16)
+    inputs = make_inputs(case, dtype)
     expected = run(case, inputs, impl)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:4]]
     strided += [inputs[4].mT.contiguous().mT]
     for name, value in run(case, strided, impl)._asdict().items():
-        assert_close(name, value, getattr(expected, name), torch.float32)
+        assert_close(name, value, getattr(expected, name), dtype)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

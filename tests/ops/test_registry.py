@@ -79,6 +79,18 @@ def test_the_chosen_function_is_imported_and_announced_once(
     assert lines[1] == "ops.announced: reference (pinned)"
 
 
+def find_no_compiler() -> str:
+    return "needs a compiler"
+
+
+def test_what_a_row_requires_of_the_machine_is_asked() -> None:
+    vendor = Implementation("vendor", "nowhere:none", None, FLOATS, f"{__name__}:find_no_compiler")
+    table = (vendor, *TABLE)
+    assert explain("op", table, "cpu", torch.float32)[0] == "torch"
+    with pytest.raises(ValueError, match=r"vendor: needs a compiler; what runs here: torch"):
+        explain("op", table, "cpu", torch.float32, "vendor")
+
+
 @pytest.mark.parametrize("op", OPERATORS)
 def test_every_operator_has_a_definition_and_a_portable_implementation(op: str) -> None:
     table = OPERATORS[op]
