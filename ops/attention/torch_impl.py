@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ops.attention.torch_backward import Visibility, attend_backward
+from ops.attention.tiles import Visibility
+from ops.attention.torch_backward import attend_backward
 from ops.attention.torch_forward import attend, attend_band, merge
 
 
