@@ -155,16 +155,19 @@ class _Chunk(torch.autograd.Function):
         dlocal = (dleaving if factors is None else dleaving * factors.rest).to(v.dtype)
 
         dscores = _tril(dout @ v.transpose(-1, -2), G)
-        dq = dscores @ k
+        # The gate's gradient is a difference of q dq and k dk in which the diagonal of the scores
+        # cancels; it does so only if neither product is rounded to 16 bits.
+        wide = v.dtype if factors is None else states.dtype
+        dscores = dscores.to(wide)
+        dq = dscores @ k.to(wide)
         dq += dout @ entering.transpose(-1, -2)
         dk_state = v @ dlocal.transpose(-1, -2)
-        dk = dscores.transpose(-1, -2) @ q + dk_state
+        dk = dscores.transpose(-1, -2) @ q.to(wide) + dk_state
         dv = _scores(q, k, G).transpose(-1, -2) @ dout
         dv += k @ dlocal
 
         dlog_decay = None
         if factors is not None:
-            wide = states.dtype
             db = (q * dq).view(n, H, G, C, -1).sum(2, dtype=wide) - k.to(wide) * dk
             end = (k.to(wide) * dk_state).sum(2)
             end += factors.total * (states * dleaving).sum(-1)

@@ -2,9 +2,11 @@
 
 Every document is cut into chunks of C tokens, the last one padded with keys of zero and no decay,
 which changes no state. Everything but the scan of the state over the chunks is batched over all
-chunks. Ordinary decays take `chunk.py`; where a chunk decays by more than exp(FACTOR_RANGE), the
-sub-chunks below keep every exponent at or below zero.
+chunks. Ordinary decays take `chunk.py`, strong ones with smaller chunks; where even those decay by
+more than exp(FACTOR_RANGE), the sub-chunks below keep every exponent at or below zero.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from ops.linear_attention.chunk import (
 )
 
 CHUNK_SIZE = 64
+"""Tokens of a chunk; half or a quarter where a channel decays too much inside it."""
 SUB_CHUNK_SIZE = 16
 MIN_LOG_DECAY = -1e4
 
@@ -36,58 +39,67 @@ def linear_attention(
     H_state, D_v = v.shape[2:]
     acc = torch.promote_types(q.dtype, torch.float32)
     lengths = [T] * B if cu_seqlens is None else cu_seqlens.diff().tolist()
-    grid = _chunk_grid(lengths, q.device)
-
-    q = _to_chunks(q.reshape(B * T, H_state, H // H_state * D_k), grid)
-    q = q.view(*q.shape[:3], -1, D_k).transpose(2, 3)  # [n, H_state, G, C, D_k]
-    k = _to_chunks(k.reshape(B * T, H_state, D_k), grid)  # [n, H_state, C, D_k]
-    v = _to_chunks(v.reshape(B * T, H_state, D_v), grid)
-    chunks_per_document = [-(-length // CHUNK_SIZE) for length in lengths]
     if log_decay is not None:
         log_decay = log_decay.to(acc).clamp(min=MIN_LOG_DECAY).reshape(B * T, H_state, -1)
-        log_decay = _to_chunks(log_decay, grid)
-    chunks = Chunks(q, k, v, log_decay)
     # float16 has fewer exponent bits than the others.
     factor_range = FACTOR_RANGE / 4 if v.dtype == torch.float16 else FACTOR_RANGE
-    if log_decay is None or _range(log_decay) <= factor_range:
-        out, final = chunk_linear_attention(chunks, initial_state, chunks_per_document)
-    else:
-        out, final = _sub_chunked(chunks, initial_state, chunks_per_document)
+    chunk_size = _chunk_size(log_decay, lengths, factor_range)
+    grid = _chunk_grid(lengths, chunk_size or CHUNK_SIZE, q.device)
+
+    q = grid.cut(q.reshape(B * T, H_state, H // H_state * D_k))
+    q = q.view(*q.shape[:3], -1, D_k).transpose(2, 3)  # [n, H_state, G, C, D_k]
+    k = grid.cut(k.reshape(B * T, H_state, D_k))  # [n, H_state, C, D_k]
+    v = grid.cut(v.reshape(B * T, H_state, D_v))
+    chunks = Chunks(q, k, v, None if log_decay is None else grid.cut(log_decay))
+    form = chunk_linear_attention if chunk_size else _sub_chunked
+    out, final = form(chunks, initial_state, grid.chunks_per_document)
     out = out.permute(0, 3, 1, 2, 4).reshape(-1, H, D_v)
-    if grid is not None:
-        out = out[grid[1]]
+    if grid.slots is not None:
+        out = out[grid.slots]
     return (out * scale).view(B, T, H, D_v).to(v.dtype), final
 
 
-def _chunk_grid(
-    lengths: list[int], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return (token of each chunk slot, slot of each token); None if the grid is the identity.
+def _chunk_size(
+    log_decay: torch.Tensor | None, lengths: list[int], factor_range: float
+) -> int | None:
+    """Return the largest chunk size inside which no channel decays by more, None if none is."""
+    if log_decay is None:
+        return CHUNK_SIZE
+    for chunk_size in (CHUNK_SIZE, CHUNK_SIZE // 2, CHUNK_SIZE // 4):
+        decay = _chunk_grid(lengths, chunk_size, log_decay.device).cut(log_decay.detach())
+        if -float(decay[:, :, 1:].sum(2).min()) <= factor_range:
+            return chunk_size
+    return None
 
-    Slots without a token name token number `sum(lengths)`, a row of zeros.
-    """
-    C = CHUNK_SIZE
-    if all(length % C == 0 for length in lengths):
-        return None
+
+class _Grid(NamedTuple):
+    """Where the tokens of packed documents stand when each document is cut into chunks."""
+
+    chunk_size: int
+    chunks_per_document: list[int]
+    tokens: torch.Tensor | None
+    """Token of each chunk slot, the number of tokens where there is none; None: the identity."""
+    slots: torch.Tensor | None
+    """Slot of each token; None: the identity."""
+
+    def cut(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, H, D] -> [n, H, C, D], zeros in slots without a token."""
+        if self.tokens is not None:
+            x = F.pad(x, (0, 0, 0, 0, 0, 1))[self.tokens]
+        return x.view(-1, self.chunk_size, *x.shape[1:]).transpose(1, 2)
+
+
+def _chunk_grid(lengths: list[int], chunk_size: int, device: torch.device) -> _Grid:
+    counts = [-(-length // chunk_size) for length in lengths]
+    if all(length % chunk_size == 0 for length in lengths):
+        return _Grid(chunk_size, counts, None, None)
     tokens, slots, position, slot = [], [], 0, 0
     for length in lengths:
-        pad = -length % C
+        pad = -length % chunk_size
         tokens += [torch.arange(position, position + length), torch.full((pad,), sum(lengths))]
         slots.append(torch.arange(slot, slot + length))
         position, slot = position + length, slot + length + pad
-    return torch.cat(tokens).to(device), torch.cat(slots).to(device)
-
-
-def _to_chunks(x: torch.Tensor, grid: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    """[tokens, H, D] -> [n, H, C, D]."""
-    if grid is not None:
-        x = F.pad(x, (0, 0, 0, 0, 0, 1))[grid[0]]
-    return x.view(-1, CHUNK_SIZE, *x.shape[1:]).transpose(1, 2)
-
-
-def _range(log_decay: torch.Tensor) -> float:
-    """Return the largest sum of decays between the first and last token of a chunk."""
-    return -float(log_decay.detach()[:, :, 1:].sum(2).min())
+    return _Grid(chunk_size, counts, torch.cat(tokens).to(device), torch.cat(slots).to(device))
 
 
 def _sub_chunked(

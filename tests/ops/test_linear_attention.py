@@ -8,6 +8,7 @@ import torch
 from helpers.assertions import assert_close
 
 from ops.linear_attention import linear_attention, linear_attention_step
+from ops.linear_attention.torch_impl import _chunk_size
 
 IMPLEMENTATIONS = ("torch",)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -313,3 +314,26 @@ def test_no_token_is_refused():
     q, k, v = torch.randn(3, 1, 0, 2, 4).unbind(0)
     with pytest.raises(ValueError, match=r"T must be 1"):
         linear_attention(q, k, v)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strong_decays_take_smaller_chunks(strength, dtype):
+    ends = torch.tensor([0, 100, 101, 260], dtype=torch.int32)
+    q, k, v = (torch.randn(1, 260, heads, 16).to(dtype) for heads in (4, 2, 2))
+    log_decay = -strength * (0.8 + 0.4 * torch.rand(1, 260, 2, 16))
+    dout = torch.randn(1, 260, 4, 16).to(dtype)
+    results = []
+    for impl, wide in (("torch", dtype), ("reference", torch.float64)):
+        inputs = [x.to(wide).requires_grad_() for x in (q, k, v)]
+        inputs.append(log_decay.to(torch.promote_types(wide, torch.float32)).requires_grad_())
+        out, _ = linear_attention(*inputs, cu_seqlens=ends, impl=impl)
+        results.append([out, *torch.autograd.grad(out, inputs, dout.to(wide))])
+    names = ("out", "dq", "dk", "dv", "dlog_decay")
+    for name, actual, expected in zip(names, *results, strict=True):
+        assert_close(name, actual, expected, dtype)
+
+
+def test_chunks_shrink_with_the_decay():
+    sizes = [_chunk_size(torch.full((256, 1, 4), -x), [256], 40.0) for x in (0.5, 1.0, 2.0, 5.0)]
+    assert sizes == [64, 32, 16, None]
