@@ -3,6 +3,7 @@
 Config errors end with exit code 2 and one line, before any process or device is touched.
 """
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -78,6 +79,7 @@ def _run_verb(verb: str, overrides: list[str]) -> int:
         except (OmegaConfBaseException, ValueError) as error:
             wrong.append(error)  # kept from Hydra, which would add a line of its own
 
+    overrides = [_quote_prompt(override) for override in overrides]
     quiet = [] if _asks_hydra(overrides) else list(QUIET)
     # Hydra wants all overrides in one piece, options before or after it.
     first = next((i for i, o in enumerate(overrides) if "=" in o and o[0] != "-"), 0)
@@ -86,6 +88,16 @@ def _run_verb(verb: str, overrides: list[str]) -> int:
     if wrong:
         raise wrong[0]
     return max(codes, default=0)
+
+
+def _quote_prompt(override: str) -> str:
+    """Quote the text of `prompt=...` for Hydra, to which spaces and most signs matter."""
+    key, _, text = override.partition("=")
+    if key != "prompt" or (len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]):
+        return override
+    # Backslashes count only before a quote, where they are doubled.
+    text = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (r"\'" if m[2] else ""), text)
+    return f"prompt='{text}'"
 
 
 def _asks_hydra(overrides: list[str]) -> bool:

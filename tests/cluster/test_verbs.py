@@ -54,6 +54,14 @@ def test_generate_draws_no_padding_of_the_vocabulary(trained, capsys):
     assert len(out) > 100  # ids beyond 256 would have failed to decode
 
 
+@pytest.mark.parametrize(
+    "prompt", ["def f(x, y=1): ", "it's ", "a\\", "\\' ", "{[,]}", "'quoted '"]
+)
+def test_prompt_is_taken_as_it_is(trained, capsys, prompt):
+    out = call(capsys, "generate", f"run={trained}", f"prompt={prompt}", "max_new_tokens=1")
+    assert out.startswith(prompt.strip("'") if prompt.startswith("'") else prompt)
+
+
 def test_generate_refuses_an_empty_prompt(trained, capsys):
     assert run_here(["generate", f"run={trained}", "prompt=''"]) == 2
     assert "prompt='' has no token" in capsys.readouterr().err
