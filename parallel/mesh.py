@@ -1,5 +1,6 @@
 """The mesh: this process's place among the ranks, by axis name. Built once, passed down."""
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -75,8 +76,12 @@ class Mesh:
 
 
 def init_mesh(world: World, device: torch.device, backend: str, timeout_seconds: float) -> Mesh:
-    """Join the process group of the world, unless the launcher has done so, and return the mesh."""
+    """Join the process group of the world, unless that was done before, and return the mesh.
+
+    DeepSpeed keeps the groups it has seen, so the one made here stays until the process ends.
+    """
     if not dist.is_initialized():
+        atexit.register(close_mesh)
         timeout = timedelta(seconds=timeout_seconds)
         if world.world_size == 1:
             dist.init_process_group(

@@ -114,3 +114,10 @@ def test_bench_train_step_writes_rows_with_the_peer(tmp_path):
     assert speed["value"] == pytest.approx(64 / seconds["value"])
     assert mfu["ratio"] == pytest.approx(mfu["value"] / mfu["peer_value"])
     assert "transformers" in printed
+
+
+def test_multirun_trains_one_after_another(tmp_path):
+    log = run([*tiny(tmp_path, "run.steps=2", "optim.lr=1e-3,2e-3"), "-m"], tmp_path)
+    first, second = (json.loads(p.read_text()) for p in tmp_path.glob("runs/*/report.json"))
+    assert first["run"]["steps_done"] == second["run"]["steps_done"] == 2, log
+    assert first["loss"] != second["loss"]

@@ -16,7 +16,7 @@ from models.causal_lm import CausalLM, layer_list
 from models.mixers.softmax_attention import SoftmaxAttentionConfig
 from parallel.engine import Engine
 from parallel.layout import build_layout
-from parallel.mesh import Mesh, World, close_mesh, init_mesh
+from parallel.mesh import Mesh, World, init_mesh
 from parallel.sequence import SequenceContext
 from trainer.accelerator import Accelerator
 from trainer.bench.rows import Row, median_seconds
@@ -63,7 +63,6 @@ def bench_train_step(config: BenchConfig, accelerator: Accelerator, peak: float)
     if peer is not None:
         sides.append(peer)
     seconds = median_seconds(sides, config.repeats)
-    close_mesh()
     count = config.micro_batch_size * config.seq_len
     case = f"train step, {config.micro_batch_size} x {config.seq_len} tokens"
     name = "transformers" if peer is not None else None
