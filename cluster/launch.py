@@ -38,7 +38,7 @@ def run_rank(config: Config, accelerator: Accelerator, world: World) -> int:
     torch.set_num_threads(threads)
     # Imported here: the checks that come before must be quick, and DeepSpeed reads the environment.
     from parallel.comm import broadcast_object
-    from parallel.mesh import init_mesh
+    from parallel.mesh import close_mesh, init_mesh
     from trainer.loop import RunFailedError, Trainer
 
     device = accelerator.device(world.local_rank)
@@ -59,6 +59,9 @@ def run_rank(config: Config, accelerator: Accelerator, world: World) -> int:
         if trainer is not None:
             trainer.recorder.fail(interrupted=isinstance(error, KeyboardInterrupt))
         raise
+    finally:
+        if world.world_size > 1:  # a single rank may have another run to do, see init_mesh
+            close_mesh()
     return DONE
 
 

@@ -78,7 +78,8 @@ class Mesh:
 def init_mesh(world: World, device: torch.device, backend: str, timeout_seconds: float) -> Mesh:
     """Join the process group of the world, unless that was done before, and return the mesh.
 
-    DeepSpeed keeps the groups it has seen, so the one made here stays until the process ends.
+    DeepSpeed keeps the groups it has seen, so a process that makes several runs, one after another,
+    keeps the one made here until it ends.
     """
     if not dist.is_initialized():
         atexit.register(close_mesh)
