@@ -54,7 +54,7 @@ def apply_environment(variables: dict[str, str]) -> None:
 def configure_logging(rank: int = 0) -> None:
     """Log to standard error, of rank 0 what a person wants to know, of the others warnings."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    for noisy in ("DeepSpeed", "alembic", "mlflow", "httpx", "datasets", "filelock", "matplotlib"):
+    for noisy in ("DeepSpeed", "alembic", "mlflow", "httpx", "filelock", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # DeepSpeed calls functions that PyTorch is about to rename, which no user can change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
