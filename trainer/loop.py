@@ -231,7 +231,10 @@ class Trainer:
             error = raised
         failed = torch.tensor([float(error is not None)], device=self.mesh.device)
         if float(all_reduce_sum(failed, self.mesh, self.ledger, "checkpoint")):
-            raise error or CheckpointWriteError("another rank could not write the checkpoint")
+            raise error or CheckpointWriteError(
+                "the checkpoint could not be written by another rank, whose log says why; "
+                "earlier ones are intact"
+            )
 
     def _find_checkpoint(self) -> Path | None:
         """Return the checkpoint to continue from, if there is one, and take its state.

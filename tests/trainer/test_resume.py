@@ -55,8 +55,11 @@ def kill(started: Run, run_dir: Path, moment: str, rng: random.Random) -> None:
         return [int(step) for step in re.findall(r"^step (\d+)/", started.log, re.MULTILINE)]
 
     def saving() -> bool:
-        working = list((run_dir / "checkpoints").glob(".step_*.tmp"))
-        return any(path.stat().st_mtime > begun for path in working if path.exists())
+        try:
+            working = (run_dir / "checkpoints").glob(".step_*.tmp")
+            return any(path.stat().st_mtime > begun for path in working)
+        except FileNotFoundError:  # Completed between the listing and the look at it.
+            return False
 
     if moment == "start":
         time.sleep(rng.uniform(0.05, 1.0))
