@@ -200,8 +200,14 @@ class OpsConfig:
 
     attention: Implementation
     linear_attention: Implementation
+    delta_rule: Implementation
     cross_entropy: Implementation
     spike: Implementation
+    moe: Implementation
+    rms_norm: Implementation
+    rotary: Implementation
+    swiglu: Implementation
+    short_conv: Implementation
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -22,25 +22,29 @@ class Implementation(NamedTuple):
 
     name: str
     """reference, torch, cpp, triton or a vendor's name."""
-    function: str
-    """`module:function`, imported when first chosen."""
+    module: str
+    """Holds the operator's functions under their names; imported when first chosen."""
     devices: tuple[str, ...] | None
     """Device types it runs on; None: every one PyTorch knows."""
     dtypes: tuple[torch.dtype, ...]
     requires: str | None = None
-    """`module:function` that returns why it cannot run on this machine, or None where it can."""
+    """`module:function` that is given the device type and returns why the implementation cannot
+    run on it here, or None where it can."""
+    on_request: tuple[str, ...] = ()
+    """Device types it runs on as well, but is never chosen for unless pinned."""
 
 
 def choose(
-    op: str,
+    function: str,
     table: Sequence[Implementation],
     tensor: torch.Tensor,
     impl: str | None = None,
 ) -> Callable[..., Any]:
-    """Return the implementation of `op` that suits `tensor`.
+    """Return the implementation of a function that suits `tensor`.
 
     Args:
-        op: the operator's name, for messages.
+        function: `operator.function`, as in "cross_entropy.linear_cross_entropy"; the operator
+            is what a config pins.
         table: its implementations, preferred first.
         tensor: an input, whose device and dtype decide.
         impl: pin one by name; None or "auto" takes the first row that fits.
@@ -48,9 +52,10 @@ def choose(
     Raises:
         ValueError: the pinned implementation does not exist or cannot run here.
     """
-    name, why = explain(op, tuple(table), tensor.device.type, tensor.dtype, impl)
-    _announce(op, name, why)
-    return _load(next(row.function for row in table if row.name == name))
+    op, _, name = function.partition(".")
+    chosen, why = explain(op, tuple(table), tensor.device.type, tensor.dtype, impl)
+    _announce(op, chosen, why)
+    return _load(next(row.module for row in table if row.name == chosen), name)
 
 
 @functools.cache
@@ -62,7 +67,9 @@ def explain(
     impl: str | None = None,
 ) -> tuple[str, str]:
     """Return (name, reason) of the implementation that `choose` would take."""
-    fits = [row for row in table if _misfit(row, device, dtype) is None]
+    fits = [
+        row for row in table if device not in row.on_request and _misfit(row, device, dtype) is None
+    ]
     if impl is None or impl == "auto":
         if not fits:
             reasons = "; ".join(f"{row.name}: {_misfit(row, device, dtype)}" for row in table)
@@ -80,12 +87,12 @@ def explain(
 
 
 def _misfit(row: Implementation, device: str, dtype: torch.dtype) -> str | None:
-    if row.devices is not None and device not in row.devices:
+    if row.devices is not None and device not in (*row.devices, *row.on_request):
         return f"needs a device of {', '.join(row.devices)}, not {device}"
     if dtype not in row.dtypes:
         return f"does not take {dtype}"
     if row.requires is not None:
-        reason: str | None = _load(row.requires)()
+        reason: str | None = _load(*row.requires.split(":"))(device)
         return reason
     return None
 
@@ -96,7 +103,6 @@ def _announce(op: str, name: str, why: str) -> None:
 
 
 @functools.cache
-def _load(function: str) -> Callable[..., Any]:
-    module, _, name = function.partition(":")
+def _load(module: str, name: str) -> Callable[..., Any]:
     loaded: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return loaded

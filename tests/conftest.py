@@ -1,5 +1,6 @@
 """What every test gets: one thread, a seed, NaN in unwritten memory, no process group left over."""
 
+import os
 import random
 from collections.abc import Iterator
 
@@ -10,6 +11,9 @@ import torch.distributed as dist
 from helpers.poison import poison_uninitialized
 
 SEED = 1234
+if not torch.cuda.is_available():
+    # Read when a kernel is imported: they run in Triton's interpreter here, and only if pinned.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure() -> None:

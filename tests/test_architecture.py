@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = ("conf", "ops", "parallel", "models", "trainer", "cluster")
 UPWARD = {("trainer/__main__.py", "cluster")}
 HOMES = {
-    "triton": ("ops/*/triton_impl.py",),
+    "triton": ("ops/*/triton_*.py", "ops/triton_*.py"),
     "deepspeed": ("parallel/engine.py",),
     "ray": ("cluster/*",),
     "hydra": ("cluster/*",),

@@ -5,22 +5,12 @@ from pathlib import Path
 
 import torch
 
-import ops.attention
-import ops.cross_entropy
-import ops.linear_attention
-import ops.spike
 from conf.schema import Config
+from ops.catalog import OPERATORS
 from ops.registry import explain
 from trainer.accelerator import Accelerator
 from trainer.checkpoint import resolve, verify
 from trainer.data import check_data, load_tokenizer
-
-OPERATORS = {
-    "attention": ops.attention.IMPLEMENTATIONS,
-    "linear_attention": ops.linear_attention.IMPLEMENTATIONS,
-    "cross_entropy": ops.cross_entropy.IMPLEMENTATIONS,
-    "spike": ops.spike.IMPLEMENTATIONS,
-}
 
 
 def check_config(config: Config, accelerator: Accelerator, world_size: int) -> None:

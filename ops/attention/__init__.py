@@ -11,13 +11,13 @@ from ops.registry import FLOATS, Implementation, choose
 IMPLEMENTATIONS = (
     Implementation(
         "cpp",
-        "ops.attention.cpp_impl:attention",
+        "ops.attention.cpp_impl",
         ("cpu",),
         (torch.bfloat16,),
-        requires="ops.attention.cpp_build:explain_absence",
+        requires="ops.cpp_build:explain_no_amx",
     ),
-    Implementation("torch", "ops.attention.torch_impl:attention", None, FLOATS),
-    Implementation("reference", "ops.attention.reference:attention", None, FLOATS),
+    Implementation("torch", "ops.attention.torch_impl", None, FLOATS),
+    Implementation("reference", "ops.attention.reference", None, FLOATS),
 )
 
 
@@ -60,7 +60,7 @@ def attention(
     _check_pattern(q, k, causal, window_size, num_sinks)
     if cu_seqlens is not None:
         _check_documents(q, k, cu_seqlens)
-    function = choose("attention", IMPLEMENTATIONS, q, impl)
+    function = choose("attention.attention", IMPLEMENTATIONS, q, impl)
     out, lse = function(
         q,
         k,

@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ops.attention import torch_impl
-from ops.attention.cpp_build import load_kernel
+from ops.cpp_build import load_kernel
 
 HEAD_DIM_MULTIPLE, MAX_HEAD_DIM = 32, 256
 
@@ -58,7 +58,7 @@ class _Attention(torch.autograd.Function):
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         q, k, v = (_with_dense_heads(x) for x in (q, k, v))
-        out, lse = load_kernel().fwd(q, k, v, bounds, window, scale)
+        out, lse = load_kernel("attention").fwd(q, k, v, bounds, window, scale)
         ctx.save_for_backward(q, k, v, out, lse, bounds)
         ctx.window, ctx.scale = window, scale
         ctx.set_materialize_grads(False)
@@ -74,7 +74,9 @@ class _Attention(torch.autograd.Function):
             return None, None, None, None, None, None
         dout = torch.zeros_like(out) if dout is None else _with_dense_heads(dout)
         dlse = None if dlse is None else dlse.contiguous()
-        grads = load_kernel().bwd(dout, dlse, q, k, v, out, lse, bounds, ctx.window, ctx.scale)
+        grads = load_kernel("attention").bwd(
+            dout, dlse, q, k, v, out, lse, bounds, ctx.window, ctx.scale
+        )
         return *grads, None, None, None
 
 

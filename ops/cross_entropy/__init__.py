@@ -5,8 +5,8 @@ import torch
 from ops.registry import FLOATS, Implementation, choose
 
 IMPLEMENTATIONS = (
-    Implementation("torch", "ops.cross_entropy.torch_impl:linear_cross_entropy", None, FLOATS),
-    Implementation("reference", "ops.cross_entropy.reference:linear_cross_entropy", None, FLOATS),
+    Implementation("torch", "ops.cross_entropy.torch_impl", None, FLOATS),
+    Implementation("reference", "ops.cross_entropy.reference", None, FLOATS),
 )
 
 
@@ -44,7 +44,7 @@ def linear_cross_entropy(
         )
     if weight.dtype != hidden.dtype:
         raise ValueError(f"weight is {weight.dtype}, hidden {hidden.dtype}; convert one of them")
-    function = choose("cross_entropy", IMPLEMENTATIONS, hidden, impl)
+    function = choose("cross_entropy.linear_cross_entropy", IMPLEMENTATIONS, hidden, impl)
     loss_sum, num_valid = function(
         hidden.flatten(0, -2), weight, labels.flatten(), ignore_index=ignore_index
     )

@@ -8,8 +8,8 @@ import torch
 from ops.registry import FLOATS, Implementation, choose
 
 IMPLEMENTATIONS = (
-    Implementation("torch", "ops.linear_attention.torch_impl:linear_attention", None, FLOATS),
-    Implementation("reference", "ops.linear_attention.reference:linear_attention", None, FLOATS),
+    Implementation("torch", "ops.linear_attention.torch_impl", None, FLOATS),
+    Implementation("reference", "ops.linear_attention.reference", None, FLOATS),
 )
 
 
@@ -48,7 +48,7 @@ def linear_attention(
         ValueError: shapes do not fit or the pinned implementation cannot run.
     """
     _check(q, k, v, log_decay, initial_state, cu_seqlens)
-    function = choose("linear_attention", IMPLEMENTATIONS, q, impl)
+    function = choose("linear_attention.linear_attention", IMPLEMENTATIONS, q, impl)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, state = function(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     return out, state if output_final_state else None

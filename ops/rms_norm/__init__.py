@@ -5,8 +5,8 @@ import torch
 from ops.registry import FLOATS, Implementation, choose
 
 IMPLEMENTATIONS = (
-    Implementation("torch", "ops.rms_norm.torch_impl:rms_norm", None, FLOATS),
-    Implementation("reference", "ops.rms_norm.reference:rms_norm", None, FLOATS),
+    Implementation("torch", "ops.rms_norm.torch_impl", None, FLOATS),
+    Implementation("reference", "ops.rms_norm.reference", None, FLOATS),
 )
 
 
@@ -28,5 +28,5 @@ def rms_norm(
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {tuple(weight.shape)} must be [E] of x {tuple(x.shape)}")
-    out: torch.Tensor = choose("rms_norm", IMPLEMENTATIONS, x, impl)(x, weight, eps)
+    out: torch.Tensor = choose("rms_norm.rms_norm", IMPLEMENTATIONS, x, impl)(x, weight, eps)
     return out

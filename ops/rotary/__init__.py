@@ -5,8 +5,8 @@ import torch
 from ops.registry import FLOATS, Implementation, choose
 
 IMPLEMENTATIONS = (
-    Implementation("torch", "ops.rotary.torch_impl:rotary", None, FLOATS),
-    Implementation("reference", "ops.rotary.reference:rotary", None, FLOATS),
+    Implementation("torch", "ops.rotary.torch_impl", None, FLOATS),
+    Implementation("reference", "ops.rotary.reference", None, FLOATS),
 )
 
 
@@ -45,5 +45,5 @@ def rotary(
             f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be [T, D / 2] of x "
             f"{tuple(x.shape)} with an even D"
         )
-    out: torch.Tensor = choose("rotary", IMPLEMENTATIONS, x, impl)(x, cos, sin)
+    out: torch.Tensor = choose("rotary.rotary", IMPLEMENTATIONS, x, impl)(x, cos, sin)
     return out

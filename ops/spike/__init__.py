@@ -11,8 +11,8 @@ from ops.registry import FLOATS, Implementation, choose
 MIN_THRESHOLD, MAX_THRESHOLD = 1e-5, 1e4
 
 IMPLEMENTATIONS = (
-    Implementation("torch", "ops.spike.torch_impl:spike_count", None, FLOATS),
-    Implementation("reference", "ops.spike.reference:spike_count", None, FLOATS),
+    Implementation("torch", "ops.spike.torch_impl", None, FLOATS),
+    Implementation("reference", "ops.spike.reference", None, FLOATS),
 )
 
 
@@ -36,5 +36,5 @@ def spike_count(
     """
     if k <= 0:
         raise ValueError(f"k={k} must be above 0; the published value is 3.0")
-    count, threshold = choose("spike", IMPLEMENTATIONS, x, impl)(x, k)
+    count, threshold = choose("spike.spike_count", IMPLEMENTATIONS, x, impl)(x, k)
     return count, threshold

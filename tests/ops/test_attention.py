@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from helpers.assertions import assert_close
 
 from ops.attention import attention
-from ops.attention.cpp_build import explain_absence
 from ops.attention.torch_forward import attend, attend_portable
 from ops.attention.torch_impl import Settings, attention_bwd, attention_fwd
+from ops.cpp_build import explain_no_amx
 
 IMPLEMENTATIONS = ("torch",)
-CPP_ABSENCE = explain_absence()
+CPP_ABSENCE = explain_no_amx("cpu")
 ROWS = (
     ("torch", torch.float64),
     ("torch", torch.float32),

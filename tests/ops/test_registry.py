@@ -6,23 +6,14 @@ import re
 import pytest
 import torch
 
-import ops.attention
-import ops.cross_entropy
-import ops.linear_attention
-import ops.spike
+from ops.catalog import OPERATORS
 from ops.registry import FLOATS, Implementation, choose, explain
 
 TABLE = (
-    Implementation("triton", "nowhere:none", ("cuda",), (torch.float32, torch.bfloat16)),
-    Implementation("torch", "operator:add", None, (torch.float32, torch.float64)),
-    Implementation("reference", "operator:mul", None, FLOATS),
+    Implementation("triton", "nowhere", ("cuda",), (torch.float32, torch.bfloat16)),
+    Implementation("torch", "operator", None, (torch.float32, torch.float64)),
+    Implementation("reference", "math", None, FLOATS),
 )
-OPERATORS = {
-    "attention": ops.attention.IMPLEMENTATIONS,
-    "cross_entropy": ops.cross_entropy.IMPLEMENTATIONS,
-    "linear_attention": ops.linear_attention.IMPLEMENTATIONS,
-    "spike": ops.spike.IMPLEMENTATIONS,
-}
 
 
 @pytest.mark.parametrize(
@@ -70,25 +61,33 @@ def test_the_chosen_function_is_imported_and_announced_once(
 ) -> None:
     x = torch.ones(1)
     with caplog.at_level(logging.INFO, logger="ops.registry"):
-        assert choose("announced", TABLE, x)(2, 3) == 5
-        assert choose("announced", TABLE, x, "reference")(2, 3) == 6
-        choose("announced", TABLE, x)
+        assert choose("announced.pow", TABLE, x)(2, 3) == 8
+        assert type(choose("announced.pow", TABLE, x, "reference")(2, 3)) is float
+        choose("announced.pow", TABLE, x)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
     assert lines[0].startswith("ops.announced: torch (first of torch, reference for torch.float32")
     assert lines[1] == "ops.announced: reference (pinned)"
 
 
-def find_no_compiler() -> str:
-    return "needs a compiler"
+def find_no_compiler(device: str) -> str:
+    return f"needs a compiler for {device}"
 
 
 def test_what_a_row_requires_of_the_machine_is_asked() -> None:
-    vendor = Implementation("vendor", "nowhere:none", None, FLOATS, f"{__name__}:find_no_compiler")
+    vendor = Implementation("vendor", "nowhere", None, FLOATS, f"{__name__}:find_no_compiler")
     table = (vendor, *TABLE)
     assert explain("op", table, "cpu", torch.float32)[0] == "torch"
-    with pytest.raises(ValueError, match=r"vendor: needs a compiler; what runs here: torch"):
+    with pytest.raises(
+        ValueError, match=r"vendor: needs a compiler for cpu; what runs here: torch"
+    ):
         explain("op", table, "cpu", torch.float32, "vendor")
+
+
+def test_a_device_on_request_is_for_pins_alone() -> None:
+    row = Implementation("triton", "nowhere", ("cuda",), FLOATS, on_request=("cpu",))
+    assert explain("op", (row, *TABLE[1:]), "cpu", torch.float32)[0] == "torch"
+    assert explain("op", (row, *TABLE[1:]), "cpu", torch.float32, "triton") == ("triton", "pinned")
 
 
 @pytest.mark.parametrize("op", OPERATORS)
@@ -99,6 +98,5 @@ def test_every_operator_has_a_definition_and_a_portable_implementation(op: str) 
     assert {"torch", "reference"} <= rows.keys()
     for name in ("torch", "reference"):
         assert rows[name].devices is None
-        assert callable(choose(op, table, torch.ones(1), name))
     assert torch.float64 in rows["reference"].dtypes
     assert explain(op, table, "cpu", torch.float32)[0] == "torch"

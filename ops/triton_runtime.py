@@ -1,0 +1,79 @@
+"""What the Triton implementations share: where they run, and the launch settings of a kernel.
+
+Settings live in `conf/blocks/<operator>.yaml`: kernel -> architecture -> size -> constants,
+`num_warps` and `num_stages`. An architecture is looked up by its name (sm_90, gfx942), then by its
+vendor (nvidia, amd), then as `default`, the static choice; a size takes the first row that is as
+large, else the last.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import resources
+from typing import Any
+
+import torch
+import triton
+import yaml
+
+Blocks = dict[str, int]
+"""Block sizes by constant, `num_warps` and `num_stages`; keyword arguments of a launch."""
+
+_TRIED: ContextVar[dict[str, Blocks] | None] = ContextVar("tried", default=None)
+
+
+def explain_absence(device: str) -> str | None:
+    """Return why kernels cannot run on a device type, or None where they can."""
+    if device != "cpu" or triton.knobs.runtime.interpret:
+        return None
+    return "runs on a CPU in Triton's interpreter alone, for tests: start with TRITON_INTERPRET=1"
+
+
+def arch_of(device: torch.device) -> str:
+    """Return the architecture that kernels run on: sm_90, gfx942, ... or interpreter."""
+    if device.type == "cpu":
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
+
+
+def find_blocks(op: str, kernel: str, size: int, arch: str | torch.device) -> Blocks:
+    """Return the launch settings of a kernel.
+
+    Args:
+        op: the operator, whose file holds the settings.
+        kernel: its name there.
+        size: what the choice depends on (head dim, row width, ...).
+        arch: architecture, or the device that has it.
+
+    Raises:
+        ValueError: the file has no row for the kernel.
+    """
+    if (tried := _TRIED.get()) and kernel in tried:
+        return tried[kernel]
+    arch = arch_of(arch) if isinstance(arch, torch.device) else arch
+    vendor = {"s": "nvidia", "g": "amd"}.get(arch[0], "default")
+    rows = _read_settings(op).get(kernel, {})
+    by_size = next((rows[name] for name in (arch, vendor, "default") if name in rows), None)
+    if not by_size:
+        raise ValueError(f"conf/blocks/{op}.yaml has no row for {kernel} on {arch}; add a default")
+    fitting = [row for limit, row in sorted(by_size.items()) if size <= limit]
+    return dict(fitting[0] if fitting else by_size[max(by_size)])
+
+
+@contextmanager
+def trying(kernel: str, blocks: Blocks) -> Iterator[None]:
+    """Let `find_blocks` return `blocks` for a kernel inside the context, to tune it."""
+    token = _TRIED.set((_TRIED.get() or {}) | {kernel: blocks})
+    try:
+        yield
+    finally:
+        _TRIED.reset(token)
+
+
+@functools.cache
+def _read_settings(op: str) -> dict[str, dict[str, dict[int, Blocks]]]:
+    file = resources.files("conf").joinpath("blocks", f"{op}.yaml")
+    settings: dict[str, Any] = yaml.safe_load(file.read_text())
+    return settings
