@@ -198,16 +198,16 @@ Implementation = Literal["auto", "reference", "torch", "cpp", "triton"]
 class OpsConfig:
     """Implementation of each operator; auto: the registry chooses by device and dtype."""
 
-    attention: Implementation
-    linear_attention: Implementation
-    delta_rule: Implementation
-    cross_entropy: Implementation
-    spike: Implementation
-    moe: Implementation
-    rms_norm: Implementation
-    rotary: Implementation
-    swiglu: Implementation
-    short_conv: Implementation
+    attention: Implementation = "auto"
+    linear_attention: Implementation = "auto"
+    delta_rule: Implementation = "auto"
+    cross_entropy: Implementation = "auto"
+    spike: Implementation = "auto"
+    moe: Implementation = "auto"
+    rms_norm: Implementation = "auto"
+    rotary: Implementation = "auto"
+    swiglu: Implementation = "auto"
+    short_conv: Implementation = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

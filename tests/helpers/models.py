@@ -16,7 +16,7 @@ from parallel.mesh import Mesh
 from parallel.sequence import SequenceContext
 from trainer.data import Batch
 
-OPS = OpsConfig(attention="auto", linear_attention="auto", cross_entropy="auto", spike="auto")
+OPS = OpsConfig()
 
 TINY = (
     "model=tiny",

@@ -47,7 +47,7 @@ PARALLEL = ParallelConfig(
     recompute="none",
     timeout_seconds=600.0,
 )
-OPS = OpsConfig(attention="auto", linear_attention="auto", cross_entropy="auto", spike="auto")
+OPS = OpsConfig()
 
 
 def bench_train_step(config: BenchConfig, accelerator: Accelerator, peak: float) -> list[Row]:
