@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 import yaml
 
 Blocks = dict[str, int]
@@ -36,6 +37,17 @@ def arch_of(device: torch.device) -> str:
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
+
+
+def dot_dtype(x: torch.Tensor) -> tl.dtype:
+    """Return the element type that operands of `tl.dot` have for inputs like x.
+
+    That of x on a GPU; float32 in the interpreter, whose products of bfloat16 are wrong.
+    """
+    return tl.float32 if x.device.type == "cpu" else _TYPES[x.dtype]
+
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def find_blocks(op: str, kernel: str, size: int, arch: str | torch.device) -> Blocks:
