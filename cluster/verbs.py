@@ -106,9 +106,15 @@ def bench(tree: dict[str, Any]) -> int:
     config = build(BenchConfig, tree)
     from cluster.accelerators import load_accelerator
     from cluster.env import apply_environment, rank_environment
-    from trainer.bench import run_suite
+    from cluster.launch import FAILED
+    from trainer.bench import check_suite, run_suite
 
-    accelerator = load_accelerator("cpu")
+    accelerator = load_accelerator(config.accelerator.name)
+    check_suite(config, accelerator)
     apply_environment(rank_environment(accelerator.deepspeed_name) | {"LOCAL_RANK": "0"})
-    run_suite(config, accelerator)
+    try:
+        run_suite(config, accelerator)
+    except RuntimeError as error:
+        logger.error("suite=%s failed: %s", config.suite, error)
+        return FAILED
     return 0

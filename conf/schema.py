@@ -303,13 +303,22 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class BenchConfig:
-    suite: Literal["train_step"]
+    suite: Literal["train_step", "ops", "compile", "tune"]
     out: str | None
     """File for the JSON rows; null: print only."""
+    operators: list[str]
+    """Operators of the suites ops, compile and tune; none: all."""
+    archs: list[Literal["sm_80", "sm_90", "sm_100", "gfx90a", "gfx942"]]
+    """GPUs that the suites compile and tune build kernels for; they need not be there."""
+    cases: str | None
+    """Regular expression that a kernel of suite compile must match, as in "fwd.*bf16"."""
+    max_peer_seq_len: PositiveInt
+    """Longest sequence (tokens) at which suite ops times peers of quadratic cost."""
     repeats: Annotated[int, Field(ge=5)]
     """Timed repetitions of each side, in turn; the median counts."""
     num_threads: PositiveInt
     dtype: Literal["float32", "bfloat16"]
     seq_len: PositiveInt
     micro_batch_size: PositiveInt
+    accelerator: AcceleratorConfig
     model: ModelConfig

@@ -101,18 +101,17 @@ def _measure_nvidia(binary: Any) -> Binary:
         tool = triton.knobs.nvidia.cuobjdump.path
         command = [tool, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.findall(rf"{n}:(\d+)", text)[-1]) for n in _RESOURCES)
+    registers, stack, local = (
+        int(re.findall(rf"{name}:(\d+)", text)[-1]) for name in ("REG", "STACK", "LOCAL")
+    )
     return Binary(registers, stack + local, binary.metadata.shared, len(code))
-
-
-_RESOURCES = ("REG", "STACK", "LOCAL")
 
 
 def _measure_amd(binary: Any) -> Binary:
     text, code = binary.asm["amdgcn"], binary.asm["hsaco"]
-    counts = {n: int(re.findall(rf"\.{n}:\s+(\d+)", text)[-1]) for n in _AMD_COUNTS}
-    spilled = counts["vgpr_spill_count"] * 4 + counts["sgpr_spill_count"] * 4
-    return Binary(counts["vgpr_count"], spilled, binary.metadata.shared, len(code))
-
-
-_AMD_COUNTS = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+    registers, vector_spills, scalar_spills = (
+        int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1])
+        for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+    )
+    spilled = 4 * (vector_spills + scalar_spills)
+    return Binary(registers, spilled, binary.metadata.shared, len(code))

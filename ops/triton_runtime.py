@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import yaml
 Blocks = dict[str, int]
 """Block sizes by constant, `num_warps` and `num_stages`; keyword arguments of a launch."""
 
-_TRIED: ContextVar[dict[str, Blocks] | None] = ContextVar("tried", default=None)
+_TRIED: ContextVar[dict[tuple[str, str, int], Blocks] | None] = ContextVar("tried", default=None)
 
 
 def explain_absence(device: str) -> str | None:
@@ -62,22 +63,31 @@ def find_blocks(op: str, kernel: str, size: int, arch: str | torch.device) -> Bl
     Raises:
         ValueError: the file has no row for the kernel.
     """
-    if (tried := _TRIED.get()) and kernel in tried:
-        return tried[kernel]
     arch = arch_of(arch) if isinstance(arch, torch.device) else arch
+    rows = find_rows(op, kernel, arch)
+    limit = min((limit for limit in rows if size <= limit), default=max(rows))
+    return dict((_TRIED.get() or {}).get((op, kernel, limit), rows[limit]))
+
+
+def find_rows(op: str, kernel: str, arch: str) -> dict[int, Blocks]:
+    """Return the settings of a kernel on an architecture by size, see `find_blocks`."""
     vendor = {"s": "nvidia", "g": "amd"}.get(arch[0], "default")
-    rows = _read_settings(op).get(kernel, {})
-    by_size = next((rows[name] for name in (arch, vendor, "default") if name in rows), None)
-    if not by_size:
-        raise ValueError(f"conf/blocks/{op}.yaml has no row for {kernel} on {arch}; add a default")
-    fitting = [row for limit, row in sorted(by_size.items()) if size <= limit]
-    return dict(fitting[0] if fitting else by_size[max(by_size)])
+    archs = _read_settings(op).get(kernel, {})
+    for name in (arch, vendor, "default"):
+        if name in archs:
+            return archs[name]
+    raise ValueError(f"conf/blocks/{op}.yaml has no row for {kernel} on {arch}; add a default")
+
+
+def settings_file(op: str) -> Path:
+    """Return the file of an operator's settings."""
+    return Path(str(resources.files("conf").joinpath("blocks", f"{op}.yaml")))
 
 
 @contextmanager
-def trying(kernel: str, blocks: Blocks) -> Iterator[None]:
-    """Let `find_blocks` return `blocks` for a kernel inside the context, to tune it."""
-    token = _TRIED.set((_TRIED.get() or {}) | {kernel: blocks})
+def trying(op: str, kernel: str, size: int, blocks: Blocks) -> Iterator[None]:
+    """Let `find_blocks` return `blocks` instead of the row of `size` inside the context."""
+    token = _TRIED.set((_TRIED.get() or {}) | {(op, kernel, size): blocks})
     try:
         yield
     finally:
@@ -86,6 +96,5 @@ def trying(kernel: str, blocks: Blocks) -> Iterator[None]:
 
 @functools.cache
 def _read_settings(op: str) -> dict[str, dict[str, dict[int, Blocks]]]:
-    file = resources.files("conf").joinpath("blocks", f"{op}.yaml")
-    settings: dict[str, Any] = yaml.safe_load(file.read_text())
+    settings: dict[str, Any] = yaml.safe_load(settings_file(op).read_text())
     return settings

@@ -1,7 +1,10 @@
 """`longaxon bench`: suites that measure, each next to a peer where there is one."""
 
+import importlib
 import json
 import platform
+import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -10,43 +13,75 @@ from typing import Any
 import torch
 
 from conf.schema import BenchConfig
+from ops.catalog import OPERATORS
 from trainer.accelerator import Accelerator
-from trainer.bench.train_step import bench_train_step
+from trainer.bench.rows import HEADER, Row
 from trainer.flops import measure_peak_flops
+
+SUITES = {
+    "train_step": "trainer.bench.train_step:bench_train_step",
+    "ops": "trainer.bench.ops:bench_ops",
+    "compile": "trainer.bench.kernels:bench_compile",
+    "tune": "trainer.bench.tune:bench_tune",
+}
+"""Functions of (config, accelerator, measured peak) that yield rows; imported when asked for."""
+PRINTS_ITSELF = ("compile", "tune")
+
+
+def check_suite(config: BenchConfig, accelerator: Accelerator) -> None:
+    """Refuse what cannot be measured.
+
+    Raises:
+        ValueError: names the key, its value and what would work.
+    """
+    if reason := accelerator.unsupported(getattr(torch, config.dtype)):
+        raise ValueError(f"dtype={config.dtype} on accelerator={accelerator.name}: {reason}")
+    if unknown := sorted(set(config.operators) - OPERATORS.keys()):
+        raise ValueError(f"operators={unknown}: no such operator; there are {', '.join(OPERATORS)}")
+    try:
+        re.compile(config.cases or "")
+    except re.error as error:
+        raise ValueError(f"cases={config.cases!r}: no regular expression ({error})") from error
 
 
 def run_suite(config: BenchConfig, accelerator: Accelerator) -> list[dict[str, Any]]:
-    """Measure `config.suite`, print its table and write its rows to `config.out`."""
+    """Measure `config.suite`, print its table and write its rows to `config.out`.
+
+    Rows that were measured before a suite fails are written all the same.
+    """
     torch.set_num_threads(config.num_threads)
     peak = measure_peak_flops(accelerator.device(0), getattr(torch, config.dtype), seconds=3.0)
     context = {
         "device": accelerator.description(),
         "num_threads": torch.get_num_threads(),
         "dtype": config.dtype,
-        "versions": {p: version(p) for p in ("torch", "deepspeed", "transformers")}
+        "versions": {p: version(p) for p in ("torch", "triton", "deepspeed", "transformers")}
         | {"python": platform.python_version()},
         "measured_peak_flops": peak,
     }
-    rows = [asdict(row) for row in bench_train_step(config, accelerator, peak)]
-    print(_table(context, rows))
-    if config.out is not None:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.out).write_text(json.dumps([context, *rows], indent=1))
+    print(
+        f"{context['device']}, {torch.get_num_threads()} threads, {config.dtype}, measured peak "
+        f"{peak / 1e9:.0f} GFLOP/s, "
+        + ", ".join(f"{name} {number}" for name, number in context["versions"].items())
+    )
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in _suite(config, accelerator, peak):
+            rows.append(asdict(row))
+    finally:
+        if config.out is not None:
+            Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+            Path(config.out).write_text(json.dumps([context, *rows], indent=1))
     return rows
 
 
-def _table(context: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    lines = [
-        f"{context['device']}, {context['num_threads']} threads, {context['dtype']}, "
-        f"measured peak {context['measured_peak_flops'] / 1e9:.0f} GFLOP/s, "
-        + ", ".join(f"{name} {v}" for name, v in context["versions"].items()),
-        f"{'case':44s} {'metric':20s} {'ours':>12s} {'peer':>12s} {'ratio':>7s}  unit (peer)",
-    ]
-    for row in rows:
-        peer = "" if row["peer_value"] is None else f"{row['peer_value']:.4g}"
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        lines.append(
-            f"{row['case']:44s} {row['metric']:20s} {row['value']:12.4g} {peer:>12s} {ratio:>7s}  "
-            f"{row['unit']} ({row['peer'] or 'none'})"
-        )
-    return "\n".join(lines)
+def _suite(config: BenchConfig, accelerator: Accelerator, peak: float) -> Iterator[Row]:
+    module, _, function = SUITES[config.suite].partition(":")
+    rows = getattr(importlib.import_module(module), function)(config, accelerator, peak)
+    prints = config.suite not in PRINTS_ITSELF
+    for index, row in enumerate(rows):
+        if prints and index == 0:
+            print(HEADER)
+        if prints:
+            print(row, flush=True)
+        yield row
