@@ -49,13 +49,15 @@ class Head(nn.Module):
 class ParallelMixers(nn.Module):
     """One mixer, or several on the same input whose normalised outputs are summed (eq. 6)."""
 
-    def __init__(self, mixers: dict[str, Mixer], hidden_size: int, norm_eps: float) -> None:
+    def __init__(
+        self, mixers: dict[str, Mixer], hidden_size: int, norm_eps: float, impl: str | None
+    ) -> None:
         super().__init__()
         self.branches = nn.ModuleDict(mixers)
         parallel = len(mixers) > 1
         self.kind = "parallel" if parallel else next(iter(mixers.values())).kind
         self.norms = nn.ModuleDict(
-            {name: RMSNorm(hidden_size, norm_eps) for name in mixers} if parallel else {}
+            {name: RMSNorm(hidden_size, norm_eps, impl) for name in mixers} if parallel else {}
         )
 
     def named_branches(self) -> Iterator[tuple[str, Mixer]]:
@@ -95,10 +97,10 @@ class Layer(nn.Module):
         super().__init__()
         size, eps = config.hidden_size, config.norm_eps
         mixers = {n: config.mixers[n].build(size, eps, spike, ops) for n in layer.mixers}
-        self.mixer_norm = RMSNorm(size, eps)
-        self.mixer = ParallelMixers(mixers, size, eps)
-        self.ffn_norm = RMSNorm(size, eps)
-        self.ffn = SwiGLU(config.ffns[layer.ffn], size, spike, ops.spike)
+        self.mixer_norm = RMSNorm(size, eps, ops.rms_norm)
+        self.mixer = ParallelMixers(mixers, size, eps, ops.rms_norm)
+        self.ffn_norm = RMSNorm(size, eps, ops.rms_norm)
+        self.ffn = SwiGLU(config.ffns[layer.ffn], size, spike, ops)
 
     def forward(
         self,
@@ -107,14 +109,17 @@ class Layer(nn.Module):
         cache: dict[str, MixerCache] | None = None,
         recompute: str = "none",
     ) -> torch.Tensor:
-        x = x + self.mixer(self.mixer_norm(x), context, cache)
+        mixed = self.mixer(self.mixer_norm(x), context, cache)
         if recompute == "selective":
+            x = x + mixed
             return x + run_recomputed(lambda h: self.ffn(self.ffn_norm(h)), x)
-        return x + self.ffn(self.ffn_norm(x))
+        normed, x = self.ffn_norm.add(mixed, x)
+        return x + self.ffn(normed)
 
     def decode(self, x: torch.Tensor, cache: dict[str, MixerCache], position: int) -> torch.Tensor:
-        x = x + self.mixer.decode(self.mixer_norm(x), cache, position)
-        return x + self.ffn(self.ffn_norm(x))
+        mixed = self.mixer.decode(self.mixer_norm(x), cache, position)
+        normed, x = self.ffn_norm.add(mixed, x)
+        return x + self.ffn(normed)
 
 
 class CausalLM(nn.Module):
@@ -145,7 +150,7 @@ class CausalLM(nn.Module):
         self.layers = nn.ModuleList(
             Layer(layer, config, spike, ops) for layer in layer_list(config)
         )
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, ops.rms_norm)
         self.head = Head(config.hidden_size, config.vocab_size, ops.cross_entropy)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight

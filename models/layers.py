@@ -7,21 +7,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conf.schema import FFNConfig, SpikeConfig
+from conf.schema import FFNConfig, OpsConfig, SpikeConfig
 from models.spiking import Activation, SpikeEncoder, Spikes
 from ops.rms_norm import rms_norm
+from ops.swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dim (arXiv:1910.07467)."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, impl: str | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.impl = impl
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, impl=self.impl)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x + residual, normalised and as it is."""
+        return rms_norm(x, self.weight, self.eps, residual=residual, impl=self.impl)
 
 
 class Projection(nn.Module):
@@ -51,18 +57,19 @@ class SwiGLU(nn.Module):
     """down(silu(gate x) * up x) (arXiv:2002.05202)."""
 
     def __init__(
-        self, config: FFNConfig, hidden_size: int, spike: SpikeConfig, impl: str | None
+        self, config: FFNConfig, hidden_size: int, spike: SpikeConfig, ops: OpsConfig
     ) -> None:
         super().__init__()
-        self.encode_in = SpikeEncoder(spike, impl)
-        self.encode_out = SpikeEncoder(spike, impl)
+        self.impl = ops.swiglu
+        self.encode_in = SpikeEncoder(spike, ops.spike)
+        self.encode_out = SpikeEncoder(spike, ops.spike)
         self.gate_proj = Projection(hidden_size, config.intermediate_size)
         self.up_proj = Projection(hidden_size, config.intermediate_size)
         self.down_proj = Projection(config.intermediate_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         encoded = self.encode_in(x)
-        inner = F.silu(self.gate_proj(encoded)) * self.up_proj(encoded)
+        inner = swiglu(self.gate_proj(encoded), self.up_proj(encoded), impl=self.impl)
         return self.down_proj(self.encode_out(inner))
 
     def reset(self, std: float, out_std: float) -> None:

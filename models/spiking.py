@@ -6,10 +6,8 @@ import torch
 from torch import nn
 
 from conf.schema import SpikeConfig
-from ops.spike import spike_count
+from ops.spike import MAX_COUNT, spike_count, spike_histogram
 
-MAX_COUNT = 255
-"""Counts above this one are binned with it."""
 SAMPLED_TOKENS = 128
 """Tokens of a forward pass, evenly spaced, that statistics are taken from."""
 
@@ -55,8 +53,7 @@ class SpikeEncoder(nn.Module):
     def _observe(self, count: torch.Tensor) -> None:
         rows = count.reshape(-1, count.shape[-1])
         rows = rows[:: max(1, rows.shape[0] // SAMPLED_TOKENS)]
-        sizes = rows.abs().nan_to_num(posinf=MAX_COUNT).clamp(max=MAX_COUNT).long().flatten()
-        histogram = torch.bincount(sizes, minlength=MAX_COUNT + 1).double()
+        histogram = spike_histogram(rows, MAX_COUNT, impl=self.impl).double()
         self.histogram = histogram if self.histogram is None else self.histogram + histogram
 
 
@@ -66,32 +63,4 @@ def spike_encoders(model: nn.Module) -> dict[str, SpikeEncoder]:
         name: module
         for name, module in model.named_modules()
         if isinstance(module, SpikeEncoder) and module.config.enabled
-    }
-
-
-def spike_statistics(histogram: torch.Tensor) -> dict[str, float | list[float]]:
-    """Summarise a histogram of |count| (section 2 of the reference numbers in the README).
-
-    Args:
-        histogram: [MAX_COUNT + 1] occurrences of each |count|.
-
-    Returns:
-        share_silent; mean_spikes, E[popcount |s|]; sparsity with 3 time steps, 1 - E[popcount] / 3,
-        over all counts and over counts within 7; share_within_7; share_above_16; and the shares of
-        |s| = 0..15 and of 16 and more.
-    """
-    histogram = histogram.double().cpu()
-    share = histogram / histogram.sum().clamp(min=1)
-    popcount = torch.tensor([n.bit_count() for n in range(len(share))], dtype=torch.float64)
-    mean_spikes = float(share @ popcount)
-    within = share[:8]
-    within_spikes = float(within @ popcount[:8] / within.sum().clamp(min=1e-12))
-    return {
-        "share_silent": float(share[0]),
-        "mean_spikes": mean_spikes,
-        "sparsity_all": 1 - mean_spikes / 3,
-        "sparsity_within_7": 1 - within_spikes / 3,
-        "share_within_7": float(within.sum()),
-        "share_above_16": float(share[17:].sum()),
-        "histogram": [*share[:16].tolist(), float(share[16:].sum())],
     }

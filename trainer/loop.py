@@ -12,7 +12,8 @@ import torch
 
 from conf.schema import Config
 from models.causal_lm import CausalLM
-from models.spiking import MAX_COUNT, spike_encoders
+from models.spiking import spike_encoders
+from ops.spike import MAX_COUNT
 from parallel.comm import all_reduce_sum, broadcast_object
 from parallel.engine import Engine
 from parallel.layout import build_layout

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from conf.schema import Config
-from models.spiking import spike_statistics
+from ops.spike import spike_statistics
 from parallel.ledger import Ledger
 from parallel.mesh import Mesh
 from trainer.accelerator import Accelerator

@@ -72,7 +72,7 @@ class LinearAttention(Mixer):
                 Projection(config.gate_rank, kv_size, bias=True),
             ]
         )
-        self.g_norm = RMSNorm(config.head_dim, norm_eps)
+        self.g_norm = RMSNorm(config.head_dim, norm_eps, ops.rms_norm)
         self.o_proj = Projection(q_size, hidden_size)
 
     def _project(

@@ -49,6 +49,7 @@ class SoftmaxAttention(Mixer):
     ) -> None:
         super().__init__()
         self.config = config
+        self.rotary_impl = ops.rotary
         self.kind = "full_attention" if config.window_size is None else "window_attention"
         q_size, kv_size = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
         self.encode_in = SpikeEncoder(spike, ops.spike)
@@ -65,7 +66,9 @@ class SoftmaxAttention(Mixer):
         encoded = self.encode_in(x)
         split = (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = (p(encoded).view(split) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return (q, k, v) if table is None else (rotary(q, *table), rotary(k, *table), v)
+        if table is not None:
+            q, k = (rotary(x, *table, impl=self.rotary_impl) for x in (q, k))
+        return q, k, v
 
     def forward(
         self, x: torch.Tensor, context: SequenceContext, cache: MixerCache | None = None

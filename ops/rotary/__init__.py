@@ -5,6 +5,21 @@ import torch
 from ops.registry import FLOATS, Implementation, choose
 
 IMPLEMENTATIONS = (
+    Implementation(
+        "cpp",
+        "ops.rotary.cpp_impl",
+        ("cpu",),
+        (torch.bfloat16,),
+        requires="ops.cpp_build:explain_no_avx512",
+    ),
+    Implementation(
+        "triton",
+        "ops.rotary.triton_impl",
+        ("cuda",),
+        (torch.float32, torch.bfloat16, torch.float16),
+        requires="ops.triton_runtime:explain_absence",
+        on_request=("cpu",),
+    ),
     Implementation("torch", "ops.rotary.torch_impl", None, FLOATS),
     Implementation("reference", "ops.rotary.reference", None, FLOATS),
 )
@@ -32,7 +47,7 @@ def rotary(
     Args:
         x: [B, T, H, D], D even.
         cos, sin: [T, D / 2], see `rotary_table`.
-        impl: "reference" | "torch"; None lets the registry choose.
+        impl: pin an implementation by name; None lets the registry choose.
 
     Returns:
         [B, T, H, D] in the dtype of x.

@@ -15,12 +15,21 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, cos, sin):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1.0)
+        return rotary_fwd(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
-        cos, sin = ctx.saved_tensors
-        return _turn(dout, cos, sin, -1.0), None, None
+        return rotary_bwd(dout, *ctx.saved_tensors), None, None
+
+
+def rotary_fwd(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return the rotated x."""
+    return _turn(x, cos, sin, 1.0)
+
+
+def rotary_bwd(dout: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of x."""
+    return _turn(dout, cos, sin, -1.0)
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: float) -> torch.Tensor:

@@ -11,6 +11,7 @@ from filelock import FileLock
 from helpers.runs import longaxon, run, tiny
 
 from cluster import cli
+from ops.registry import explain
 
 Refuse = Callable[..., str]
 
@@ -47,7 +48,7 @@ WRONG = {
     "model.layers=[{mixers:[linear],ffn:moe}]": "model.layers[0].ffn='moe' ... use one of dense",
     "optim.warmup_steps=400": "steps=400 exceeds run.steps=300; use optim.warmup_steps=30",
     "optim.schedule=wsd": "decay_steps=0: ... needs 1 to 280 ... use optim.decay_steps=60",
-    "ops.spike=triton": "ops.spike=triton: ... torch",
+    "ops.spike=triton": "ops.spike=triton: ... TRITON_INTERPRET=1; what runs here: ... torch",
     "run.resume=nowhere": "nowhere holds no checkpoint; ... or run.resume=never",
     "run.dir=''": "run.dir='' names no folder; use run.dir=null",
 }
@@ -58,6 +59,8 @@ def _restore(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Run the command inside `tmp_path`, and undo what it changes in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    explain.cache_clear()  # what the interpreter made possible
     monkeypatch.setattr(sys, "argv", sys.argv)
 
 

@@ -134,10 +134,11 @@ def run_ranks(
 
 
 def longaxon(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run the installed command in a fresh process."""
-    program = Path(sys.executable).with_name("longaxon")
+    """Run the installed command in a fresh process, without Triton's interpreter."""
+    command = [Path(sys.executable).with_name("longaxon"), *arguments]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [program, *arguments], cwd=cwd, capture_output=True, text=True, timeout=240, check=False
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240, check=False
     )
 
 

@@ -3,24 +3,75 @@
 import pytest
 import torch
 from helpers.assertions import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from ops.cpp_build import explain_no_avx512
 from ops.rotary import rotary, rotary_table
 
+CPP_ABSENCE = explain_no_avx512("cpu")
+CPP_MARK = pytest.mark.skipif(CPP_ABSENCE is not None, reason=str(CPP_ABSENCE))
+CASES = [
+    ("torch", torch.float64),
+    ("torch", torch.float32),
+    ("torch", torch.bfloat16),
+    ("triton", torch.float32),
+    ("triton", torch.bfloat16),
+    ("triton", torch.float16),
+    pytest.param("cpp", torch.bfloat16, marks=CPP_MARK),
+]
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize("head_dim", [2, 32, 64])
-def test_torch_equals_reference(dtype, heads, head_dim):
-    x = torch.randn(2, 9, heads, head_dim).to(dtype)
-    dout = torch.randn_like(x)
-    table = rotary_table(torch.arange(9) * 1000, head_dim, 1e4)
+each_case = pytest.mark.parametrize(("impl", "dtype"), CASES, ids=str)
+
+
+def compare(impl: str, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Hold output and gradient of an implementation against the reference in float64."""
+    dout = torch.randn(x.shape).to(x.dtype)
     results = []
-    for impl, wide in (("torch", dtype), ("reference", torch.float64)):
-        inputs = x.to(wide).requires_grad_()
-        out = rotary(inputs, *table, impl=impl)
-        results.append([out, *torch.autograd.grad(out, inputs, dout.to(wide))])
+    for name, dtype in ((impl, x.dtype), ("reference", torch.float64)):
+        inputs = x.detach().to(dtype).requires_grad_()
+        out = rotary(inputs, *table, impl=name)
+        assert out.dtype == dtype
+        results.append([out, *torch.autograd.grad(out, inputs, dout.to(dtype))])
     for name, actual, expected in zip(("out", "dx"), *results, strict=True):
-        assert_close(name, actual, expected, dtype)
+        assert_close(f"{impl} {name}", actual, expected, x.dtype)
+
+
+@each_case
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("head_dim", [2, 32, 64, 128])
+def test_implementations_equal_the_reference(impl, dtype, heads, head_dim):
+    x = torch.randn(2, 9, heads, head_dim).to(dtype)
+    compare(impl, x, rotary_table(torch.arange(9) * 1000, head_dim, 1e4))
+
+
+@each_case
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 3),
+    tokens=st.sampled_from([1, 2, 63, 64, 65]),
+    heads=st.integers(1, 5),
+    half=st.sampled_from([16, 32]) | st.integers(1, 40),
+    by_heads=st.booleans(),
+)
+def test_any_shape_on_any_strides(impl, dtype, batch, tokens, heads, half, by_heads):
+    x = torch.randn(batch, heads, tokens, 2 * half).to(dtype).transpose(1, 2)
+    x = x if by_heads else x.contiguous()
+    compare(impl, x, rotary_table(torch.randint(0, 99999, (tokens,)), 2 * half, 1e4))
+
+
+@each_case
+def test_a_thousand_tokens(impl, dtype):
+    table = rotary_table(torch.arange(1000), 32, 1e4)
+    compare(impl, torch.randn(1, 1000, 1, 32).to(dtype), table)
+
+
+@each_case
+def test_the_gradient_turns_back(impl, dtype):
+    x = torch.randn(1, 5, 2, 32).to(dtype).requires_grad_()
+    out = rotary(x, *rotary_table(torch.arange(5), 32, 1e4), impl=impl)
+    angles = torch.float32 if dtype == torch.float64 else dtype  # those of the table
+    assert_close("turned there and back", *torch.autograd.grad(out, x, out), x, angles)
 
 
 def test_scores_depend_on_the_distance_alone():

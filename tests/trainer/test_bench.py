@@ -1,18 +1,25 @@
 """The benchmarks: fair timing, memory that is counted, kernels that cannot ship are refused."""
 
+import importlib
 import json
-import os
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.runs import longaxon
 
-from trainer.bench.kernels import Built, Job
+import ops.triton_runtime
+from cluster import cli
+from cluster.accelerators.cpu import ACCELERATOR
+from ops.catalog import OPERATORS
+from ops.triton_runtime import find_blocks
+from trainer.bench import tune
+from trainer.bench.kernels import UNITS, Built, Job
 from trainer.bench.memory import peak_allocated_bytes
 from trainer.bench.rows import Row, median_seconds
+from trainer.bench.tune_cases import CASES, build_case, find_case
 
 
 def test_sides_are_timed_in_turn_after_a_warm_up() -> None:
@@ -80,18 +87,82 @@ def test_suite_ops_begins_with_what_was_chosen(tmp_path: Path) -> None:
         ("accelerator=cuda", "PyTorch sees no CUDA device; use accelerator=cpu"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(override: str, message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_measured_is_refused(
+    override: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     if torch.cuda.is_available() and "cuda" in override:
         pytest.skip("there is a CUDA device")
-    result = longaxon(["bench", "suite=ops", override], tmp_path)
-    assert result.returncode == 2
-    assert message in result.stderr
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    assert cli.run(["bench", "suite=ops", override]) == 2
+    assert message in capsys.readouterr().err
 
 
-def build_kernels(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """Run the command without the interpreter, which kernels are imported with in the tests."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    program = Path(sys.executable).with_name("longaxon")
-    return subprocess.run(
-        [program, "bench", *overrides], cwd=folder, env=env, capture_output=True, text=True
+def test_kernels_are_built_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+    arguments = ["suite=compile", "operators=[rotary]", "cases=bf16-D64", "out=rows.json"]
+    result = longaxon(["bench", *arguments], tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    _, *rows = json.loads((tmp_path / "rows.json").read_text())
+    archs = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942")
+    assert {row["case"].split()[0] for row in rows} == set(archs)
+    assert {row["metric"] for row in rows} == set(UNITS)
+    assert all(row["value"] > 0 for row in rows if row["metric"] in ("registers", "code_bytes"))
+
+
+def test_search_without_the_gpu_says_what_fits(tmp_path: Path) -> None:
+    arguments = ["suite=tune", "operators=[swiglu]", "archs=[sm_90]", "out=rows.json"]
+    result = longaxon(["bench", *arguments], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "no GPU here: nothing was timed" in result.stdout
+    _, *rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["metric"] for row in rows} == {"candidates_that_fit"}
+
+
+def test_the_fastest_candidate_is_written_to_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "op.yaml"
+    file.write_text("# What it is.\nfwd: {default: {64: {BLOCK: 1, num_warps: 4}}}\n")
+    monkeypatch.setattr(tune, "settings_file", lambda op: file)
+    search = tune.Search("op", "sm_90", "fwd", 64, ({"BLOCK": 2, "num_warps": 8},))
+    tune.write_row(search, search.candidates[0])
+    assert file.read_text() == (
+        "# What it is.\nfwd:\n  default:\n    64: {BLOCK: 1, num_warps: 4}\n"
+        "  sm_90:\n    64: {BLOCK: 2, num_warps: 8}\n"
     )
+
+
+def test_candidates_are_timed_in_their_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"fwd": {"default": {64: {"BLOCK": 1}}}}
+    monkeypatch.setattr(ops.triton_runtime, "_read_settings", lambda op: rows)
+    search = tune.Search("op", "sm_90", "fwd", 64, ())
+    slow, fast = {"BLOCK": 1}, {"BLOCK": 2}
+
+    def compute() -> None:
+        block = find_blocks("op", "fwd", 64, "sm_90")["BLOCK"]
+        time.sleep(0.02 if block == 1 else 0.001)
+
+    best, seconds = tune.fastest(search, [slow, fast], compute, 5, ACCELERATOR)
+    assert best == fast
+    assert 0.001 <= seconds < 0.02
+
+
+SEARCHES = [
+    (op, kernel)
+    for op in OPERATORS
+    for kernel in importlib.import_module(f"ops.{op}.triton_impl").SEARCH
+    if not kernel.endswith("_fp32")
+]
+
+
+def test_every_kernel_that_is_tuned_has_its_case() -> None:
+    served = {find_case(op, kernel): kernel for op, kernel in SEARCHES}
+    assert set(served) == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_runs(name: str) -> None:
+    op, _, kernel = name.partition(".")
+    build_case(op, kernel, 32, 4, torch.float32, torch.device("cpu"))()

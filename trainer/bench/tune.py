@@ -20,7 +20,9 @@ from ops.triton_runtime import Blocks, arch_of, find_rows, settings_file, trying
 from trainer.accelerator import Accelerator
 from trainer.bench.kernels import Job, build_one, triton_operators
 from trainer.bench.rows import Row, median_seconds
-from trainer.bench.tune_cases import CASES
+from trainer.bench.tune_cases import build_case
+
+TOKENS = 8192
 
 
 def bench_tune(config: BenchConfig, accelerator: Accelerator, peak: float) -> Iterator[Row]:
@@ -39,7 +41,7 @@ def bench_tune(config: BenchConfig, accelerator: Accelerator, peak: float) -> It
         print(f"{search}: {len(fitting)} of {len(search.candidates)} candidates fit")
         yield Row(str(search), "candidates_that_fit", len(fitting), "candidates")
         if is_gpu and fitting:
-            compute = CASES[search.op](search.size, dtype, device)
+            compute = build_case(search.op, search.kernel, search.size, TOKENS, dtype, device)
             best, seconds = fastest(search, fitting, compute, config.repeats, accelerator)
             write_row(search, best)
             print(f"{search}: {best} takes {seconds * 1e3:.3f} ms")
