@@ -107,6 +107,17 @@ inline __m512 exp2_of(__m512 x) {
   return _mm512_scalef_ps(y, whole);
 }
 
+// Within 2e-7, and exactly 1 for 0: a state is multiplied by it again and again.
+inline __m512 exp_of(__m512 x) {
+  x = _mm512_mul_ps(x, _mm512_set1_ps(LOG2_E));
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_mul_ps(_mm512_sub_ps(x, whole), _mm512_set1_ps(1 / LOG2_E));
+  __m512 y = _mm512_set1_ps(1.0f / 5040);
+  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(y, whole);
+}
+
 inline __m512 load_floats(const bf16* x) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
@@ -126,6 +137,68 @@ inline __m512i pair_halves(__m512i x) {
       31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
       3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(order, x);
+}
+
+// Transposes the 32-bit elements of 16 vectors.
+inline void transpose_16(__m512i* x) {
+  __m512i t[16];
+  for (int64_t i = 0; i < 16; i += 4) {
+    const __m512i a = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    const __m512i b = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    const __m512i c = _mm512_unpacklo_epi32(x[i + 2], x[i + 3]);
+    const __m512i d = _mm512_unpackhi_epi32(x[i + 2], x[i + 3]);
+    t[i] = _mm512_unpacklo_epi64(a, c);
+    t[i + 1] = _mm512_unpackhi_epi64(a, c);
+    t[i + 2] = _mm512_unpacklo_epi64(b, d);
+    t[i + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+  // Quarter n of t[i + j] holds column 4 n + j of rows i to i + 3.
+  for (int64_t j = 0; j < 4; j++) {
+    const __m512i even_low = _mm512_shuffle_i32x4(t[j], t[j + 4], 0x88);
+    const __m512i odd_low = _mm512_shuffle_i32x4(t[j], t[j + 4], 0xdd);
+    const __m512i even_high = _mm512_shuffle_i32x4(t[j + 8], t[j + 12], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(t[j + 8], t[j + 12], 0xdd);
+    x[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+    x[j + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+    x[j + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+    x[j + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+  }
+}
+
+// The paired rows [count / 2, D, 2].
+void pair_rows(bf16* paired, const bf16* rows, int64_t count, int64_t D) {
+  for (int64_t i = 0; i < count; i += 2)
+    for (int64_t d = 0; d < D; d += 16) {
+      const auto* first = reinterpret_cast<const __m256i*>(rows + i * D + d);
+      const auto* second = reinterpret_cast<const __m256i*>(rows + (i + 1) * D + d);
+      const __m512i both = _mm512_inserti64x4(
+          _mm512_castsi256_si512(_mm256_loadu_si256(first)), _mm256_loadu_si256(second), 1);
+      _mm512_storeu_si512(paired + i * D + 2 * d, pair_halves(both));
+    }
+}
+
+// The paired transpose [D / 2, count, 2] of rows.
+void pair_columns(bf16* paired, const bf16* rows, int64_t count, int64_t D) {
+  for (int64_t i = 0; i < count; i += 16)
+    for (int64_t d = 0; d < D; d += 32) {
+      __m512i x[16];
+      for (int64_t r = 0; r < 16; r++) x[r] = _mm512_loadu_si512(rows + (i + r) * D + d);
+      transpose_16(x);
+      for (int64_t r = 0; r < 16; r++)
+        _mm512_storeu_si512(paired + (d + 2 * r) * count + 2 * i, x[r]);
+    }
+}
+
+// The rows of the paired [count / 2, D, 2].
+void split_pairs(bf16* rows, const bf16* paired, int64_t count, int64_t D) {
+  for (int64_t i = 0; i < count; i += 2)
+    for (int64_t d = 0; d < D; d += 16) {
+      const __m512i both = _mm512_loadu_si512(paired + i * D + 2 * d);
+      auto* first = reinterpret_cast<__m256i*>(rows + i * D + d);
+      auto* second = reinterpret_cast<__m256i*>(rows + (i + 1) * D + d);
+      _mm256_storeu_si256(first, _mm512_cvtepi32_epi16(both));
+      _mm256_storeu_si256(second, _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+    }
 }
 
 // rows [total, D] of `count` strided rows, zero beyond them.
@@ -162,22 +235,35 @@ void run_tasks(int64_t count, const Body& body) {
   });
 }
 
-// Memory of one thread, from one allocation.
+struct alignas(64) Line {
+  char bytes[64];
+};
+
+// Hands out memory piece by piece, in whole cache lines.
 class Arena {
  public:
-  explicit Arena(int64_t bytes) : memory_(new char[bytes + 64]) {
-    next_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~63ull);
-  }
+  explicit Arena(Line* memory) : next_(memory) {}
   template <typename T>
   T* take(int64_t count) {
-    char* taken = next_;
-    next_ += count * sizeof(T);
+    Line* taken = next_;
+    next_ += (count * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
     return reinterpret_cast<T*>(taken);
   }
+  const Line* end() const { return next_; }
 
  private:
-  std::unique_ptr<char[]> memory_;
-  char* next_;
+  Line* next_;
 };
+
+// Tasks in tiles: body(i, arena), with tile registers set up and `bytes` for the thread.
+template <typename Body>
+void run_tasks(int64_t count, int64_t bytes, const Body& body) {
+  std::atomic<int64_t> next{0};
+  run_tasks(std::min<int64_t>(at::get_num_threads(), count), [&](int64_t) {
+    const Tiles tiles;
+    const std::unique_ptr<Line[]> memory(new Line[bytes / sizeof(Line) + 1]);
+    for (int64_t i = next++; i < count; i = next++) body(i, Arena(memory.get()));
+  });
+}
 
 }  // namespace

@@ -16,8 +16,21 @@ IMPLEMENTATIONS = (
         (torch.bfloat16,),
         requires="ops.cpp_build:explain_no_amx",
     ),
+    Implementation(
+        "triton",
+        "ops.attention.triton_impl",
+        ("cuda",),
+        (torch.float32, torch.bfloat16, torch.float16),
+        requires="ops.triton_runtime:explain_absence",
+        on_request=("cpu",),
+    ),
     Implementation("torch", "ops.attention.torch_impl", None, FLOATS),
     Implementation("reference", "ops.attention.reference", None, FLOATS),
+)
+# A merge has no kernel in C++: whoever pins cpp gets PyTorch's, in every dtype.
+MERGE_IMPLEMENTATIONS = (
+    Implementation("cpp", "ops.attention.torch_merge", ("cpu",), FLOATS, on_request=("cpu",)),
+    *IMPLEMENTATIONS[1:],
 )
 
 
@@ -60,6 +73,8 @@ def attention(
     _check_pattern(q, k, causal, window_size, num_sinks)
     if cu_seqlens is not None:
         _check_documents(q, k, cu_seqlens)
+    if q.numel() == 0 or k.numel() == 0:
+        impl = "reference"  # kernels expect something to do
     function = choose("attention.attention", IMPLEMENTATIONS, q, impl)
     out, lse = function(
         q,
@@ -72,6 +87,56 @@ def attention(
         cu_seqlens=cu_seqlens,
     )
     return out, lse
+
+
+def merge(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    other_out: torch.Tensor,
+    other_lse: torch.Tensor,
+    *,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the attention over all keys from results over two disjoint sets of them.
+
+    With w = sigmoid(other_lse - lse): out + w (other_out - out), and logaddexp of both lse
+    (section 2 of arXiv:2310.01889). Gradients flow to all four. Who merges result after result
+    keeps `out` in float32, which then stays so: every rounding to 16 bits would add up.
+
+    Args:
+        out: result over some keys [B, T, H, D]; the merged one has its dtype.
+        lse: its log-sum-exp [B, H, T], float32; -inf where a query saw no key.
+        other_out: result over the other keys, shaped as `out`, of any dtype.
+        other_lse: its log-sum-exp, float32. Where it is -inf the merged result is the first one.
+        impl: pin an implementation by name.
+
+    Returns:
+        out [B, T, H, D] in the dtype of `out` and lse [B, H, T], float32.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together.
+    """
+    _check_partial("out", out, lse)
+    _check_partial("other_out", other_out, other_lse)
+    if out.shape != other_out.shape or out.device != other_out.device:
+        raise ValueError(
+            f"other_out has shape {list(other_out.shape)} on {other_out.device}, out "
+            f"{list(out.shape)} on {out.device}; give the results of the same queries"
+        )
+    impl = "reference" if out.numel() == 0 else impl
+    function = choose("attention.merge", MERGE_IMPLEMENTATIONS, out, impl)
+    merged, merged_lse = function(out, lse, other_out, other_lse)
+    return merged, merged_lse
+
+
+def _check_partial(name: str, out: torch.Tensor, lse: torch.Tensor) -> None:
+    if out.dim() != 4 or lse.shape != (out.shape[0], out.shape[2], out.shape[1]):
+        raise ValueError(
+            f"{name} has shape {list(out.shape)} and its lse {list(lse.shape)}; "
+            "give [B, T, H, D] and [B, H, T]"
+        )
+    if lse.dtype != torch.float32:
+        raise ValueError(f"the lse of {name} is {lse.dtype}; give float32")
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

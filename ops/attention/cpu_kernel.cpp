@@ -26,30 +26,6 @@ constexpr float HIDDEN = -1e30f;  // finite: differences of two stay a number
 
 // ---------------------------------------------------------------- layouts
 
-// The paired rows [QUERIES / 2, D, 2].
-void pair_rows(bf16* paired, const bf16* rows, int64_t D) {
-  for (int64_t i = 0; i < QUERIES; i += 2)
-    for (int64_t d = 0; d < D; d += 16) {
-      const auto* first = reinterpret_cast<const __m256i*>(rows + i * D + d);
-      const auto* second = reinterpret_cast<const __m256i*>(rows + (i + 1) * D + d);
-      const __m512i both = _mm512_inserti64x4(
-          _mm512_castsi256_si512(_mm256_loadu_si256(first)), _mm256_loadu_si256(second), 1);
-      _mm512_storeu_si512(paired + i * D + 2 * d, pair_halves(both));
-    }
-}
-
-// The paired transpose [D / 2, QUERIES, 2] of rows.
-void pair_columns(bf16* paired, const bf16* rows, int64_t D) {
-  const __m512i step = _mm512_mullo_epi32(
-      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-      _mm512_set1_epi32(D / 2));
-  for (int64_t i = 0; i < QUERIES; i += 16)
-    for (int64_t d = 0; d < D; d += 2) {
-      const __m512i column = _mm512_i32gather_epi32(step, rows + i * D + d, 4);
-      _mm512_storeu_si512(paired + (d * QUERIES) + 2 * i, column);
-    }
-}
-
 // Rows of 16 bits, strided, times factor, of the transposed sums [D, QUERIES].
 void store_transposed(
     bf16* rows, int64_t stride, const float* sums, const float* factor, int64_t count, int64_t D) {
@@ -217,7 +193,7 @@ struct Forward {
     bf16* p = arena.take<bf16>(KEYS * QUERIES);
     float* sums = arena.take<float>(D * QUERIES);  // out^T
     copy_rows(rows, q.at(row, block.start, head), q.token_stride, count, QUERIES, D);
-    pair_columns(queries, rows, D);
+    pair_columns(queries, rows, QUERIES, D);
     std::fill_n(sums, D * QUERIES, 0.0f);
     __m512 maximum[QUERIES / 16], total[QUERIES / 16];
     std::fill_n(maximum, QUERIES / 16, _mm512_set1_ps(HIDDEN));
@@ -267,13 +243,12 @@ std::tuple<Tensor, Tensor> attention_fwd(
       size, pattern, float(scale) * LOG2_E, Heads(q), Heads(out), lse.data_ptr<float>(),
       static_cast<bf16*>(keys.data_ptr()), static_cast<bf16*>(values_t.data_ptr())};
   const int64_t count = blocks.size(), memory = QUERIES * (8 * size.D + 6 * KEYS);
-  run_tasks(size.B * size.H_kv * count, [&](int64_t task) {
-    const Tiles tiles;
+  run_tasks(size.B * size.H_kv * count, memory, [&](int64_t task, const Arena& arena) {
     const int64_t kv = task / count % size.H_kv;
     // The last blocks see the most: first, so that the threads finish together.
     const Block& block = blocks[count - 1 - task % count];
     for (int64_t head = kv * size.group; head < (kv + 1) * size.group; head++)
-      forward.attend(task / count / size.H_kv, head, block, Arena(memory));
+      forward.attend(task / count / size.H_kv, head, block, arena);
   });
   return {out, lse};
 }
@@ -329,11 +304,11 @@ struct Backward {
     const int64_t D = size.D, count = block.stop - block.start;
     const int64_t at = (row * size.H + head) * size.T + block.start;
     copy_rows(scratch.rows, q.at(row, block.start, head), q.token_stride, count, QUERIES, D);
-    pair_rows(scratch.queries, scratch.rows, D);
-    pair_columns(scratch.queries_t, scratch.rows, D);
+    pair_rows(scratch.queries, scratch.rows, QUERIES, D);
+    pair_columns(scratch.queries_t, scratch.rows, QUERIES, D);
     copy_rows(scratch.rows, dout.at(row, block.start, head), dout.token_stride, count, QUERIES, D);
-    pair_rows(scratch.douts, scratch.rows, D);
-    pair_columns(scratch.douts_t, scratch.rows, D);
+    pair_rows(scratch.douts, scratch.rows, QUERIES, D);
+    pair_columns(scratch.douts_t, scratch.rows, QUERIES, D);
     std::fill_n(scratch.lse, 2 * QUERIES, 0.0f);  // and delta, which follows it
     for (int64_t i = 0; i < count; i++) {
       const bf16* out_row = out.at(row, block.start + i, head);
@@ -476,9 +451,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
       lse.const_data_ptr<float>(), dlse ? dlse->const_data_ptr<float>() : nullptr,
       static_cast<bf16*>(keys.data_ptr()), static_cast<bf16*>(keys_t.data_ptr()),
       static_cast<bf16*>(values.data_ptr())};
-  run_tasks(heads * count, [&](int64_t task) {
-    const Tiles tiles;
-    Arena arena(Scratch::bytes(size.D));
+  run_tasks(heads * count, Scratch::bytes(size.D), [&](int64_t task, Arena arena) {
     const Scratch scratch(arena, size.D);
     const Part& part = parts[task / heads];
     const int64_t kv = task % heads, at = (kv * rows + part.offset) * size.D;

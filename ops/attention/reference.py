@@ -29,6 +29,19 @@ def attention(
     return out.to(q.dtype), lse.float()
 
 
+def merge(
+    out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `ops.attention.merge` as a mean weighted by the sums of exponentials."""
+    is_empty = other_lse == float("-inf")
+    other = other_lse.double().masked_fill(is_empty, 0.0)
+    total = torch.logaddexp(lse.double(), other)
+    weight = (lse.double() - total).exp().masked_fill(is_empty, 1.0).mT[..., None]
+    other_weight = (other - total).exp().masked_fill(is_empty, 0.0).mT[..., None]
+    merged = weight * out.double() + other_weight * other_out.double()
+    return merged.to(out.dtype), torch.where(is_empty, lse.double(), total).to(lse.dtype)
+
+
 def _visible_keys(
     q: torch.Tensor,
     k: torch.Tensor,

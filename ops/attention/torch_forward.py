@@ -1,4 +1,4 @@
-"""Forward attention to one set of keys: all of them, or a causal band; and the merge of two sets.
+"""Forward attention to one set of keys: all of them, or a causal band.
 
 Tensors are [B, H, T, D] here, so that a band can be a strided view that repeats keys.
 """
@@ -63,14 +63,6 @@ def attend_band(
         tail = bias[:rest, : keys.shape[2]]
         parts.append(attend(q[:, :, num_tokens - rest :], keys, values, scale, bias=tail))
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
-
-
-def merge(first: Partial, second: Partial) -> Partial:
-    """Combine attention to two disjoint sets of keys (section 2 of arXiv:2310.01889)."""
-    lse = torch.logaddexp(first[1], second[1])
-    first_weight, second_weight = ((x - lse).exp()[..., None] for x in (first[1], second[1]))
-    out = first_weight * first[0] + second_weight * second[0]
-    return out.to(first[0].dtype), lse
 
 
 def attend_portable(

@@ -6,31 +6,19 @@ and merges the two by their log-sum-exp; the backward pass recomputes tiles of b
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from ops.attention.settings import Settings
 from ops.attention.tiles import Visibility
 from ops.attention.torch_backward import attend_backward
-from ops.attention.torch_forward import attend, attend_band, merge
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What attention is told beside its tensors."""
-
-    causal: bool
-    window_size: int | None
-    num_sinks: int
-    scale: float
-    documents: tuple[int, ...] | None
-    """Bounds of the packed documents; None: every row is one document."""
-
-    def count_open_keys(self, num_keys: int) -> int:
-        """Return how many of a document's first keys all its queries see."""
-        return min(self.num_sinks, num_keys) if self.causal else num_keys
+from ops.attention.torch_forward import attend, attend_band
+from ops.attention.torch_merge import merge as merge
+from ops.attention.torch_merge import merge_fwd
 
 
 def attention(
@@ -55,16 +43,8 @@ def attention_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out [B, T, H, D] and lse [B, H, T], float32 (float64 for float64 inputs)."""
-    if settings.documents is None:
-        return _attend_rows(q, k, v, settings)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_empty(1, q.shape[2], q.shape[1], dtype=lse_dtype)
-    for run in _equal_documents(settings.documents):
-        run_out, run_lse = _attend_rows(run.rows(q), run.rows(k), run.rows(v), settings)
-        run.rows(out).copy_(run_out)
-        run.rows(lse.mT).copy_(run_lse.mT)
-    return out, lse
+    out, lse = _map_documents(_attend_rows, (q, k, v), settings)
+    return out, lse.mT.contiguous()
 
 
 def attention_bwd(
@@ -82,23 +62,8 @@ def attention_bwd(
     out and lse may be those of a softmax over more keys than k holds: then the gradients are the
     share of these keys.
     """
-    if settings.documents is None:
-        return _attend_rows_backward(dout, dlse, q, k, v, out, lse, settings)
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for run in _equal_documents(settings.documents):
-        run_dq, run_dk, run_dv = _attend_rows_backward(
-            run.rows(dout),
-            None if dlse is None else run.rows(dlse.mT).mT,
-            run.rows(q),
-            run.rows(k),
-            run.rows(v),
-            run.rows(out),
-            run.rows(lse.mT).mT,
-            settings,
-        )
-        run.rows(dq).copy_(run_dq)
-        run.rows(dk).copy_(run_dk)
-        run.rows(dv).copy_(run_dv)
+    inputs = (dout, None if dlse is None else dlse.mT, q, k, v, out, lse.mT)
+    dq, dk, dv = _map_documents(_attend_rows_backward, inputs, settings)
     return dq, dk, dv
 
 
@@ -148,24 +113,46 @@ def _equal_documents(bounds: tuple[int, ...]) -> list[_Run]:
     return runs
 
 
+def _map_documents(
+    compute: Callable[..., tuple[torch.Tensor, ...]],
+    inputs: tuple[torch.Tensor | None, ...],
+    settings: Settings,
+) -> tuple[torch.Tensor, ...]:
+    """Call `compute` with rows [B, T, ...] of one document each and put its results together."""
+    if settings.documents is None:
+        return compute(*inputs, settings)
+    results: tuple[torch.Tensor, ...] = ()
+    for run in _equal_documents(settings.documents):
+        parts = compute(*(None if x is None else run.rows(x) for x in inputs), settings)
+        num_tokens = settings.documents[-1]
+        results = results or tuple(x.new_empty(1, num_tokens, *x.shape[2:]) for x in parts)
+        for result, part in zip(results, parts, strict=True):
+            run.rows(result).copy_(part)
+    return results
+
+
 def _attend_rows(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out [B, T, H, D] and lse [B, T, H]."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, D]
     window, scale = settings.window_size, settings.scale
     num_open = settings.count_open_keys(k.shape[2])
     if num_open == 0:
         out, lse = attend_band(q, k, v, window, scale)
-        return out.transpose(1, 2), lse
+        return out.transpose(1, 2), lse.mT
     out, lse = attend(q, k[:, :, :num_open], v[:, :, :num_open], scale)
+    out = out.transpose(1, 2)
     if num_open < k.shape[2]:
-        band = attend_band(
+        band_out, band_lse = attend_band(
             q[:, :, num_open:], k[:, :, num_open:], v[:, :, num_open:], window, scale
         )
-        late_out, late_lse = merge((out[:, :, num_open:], lse[:, :, num_open:]), band)
-        out = torch.cat((out[:, :, :num_open], late_out), dim=2)
+        late_out, late_lse = merge_fwd(
+            out[:, num_open:], lse[:, :, num_open:], band_out.transpose(1, 2), band_lse
+        )
+        out = torch.cat((out[:, :num_open], late_out), dim=1)
         lse = torch.cat((lse[:, :, :num_open], late_lse), dim=2)
-    return out.transpose(1, 2), lse
+    return out, lse.mT
 
 
 def _attend_rows_backward(
@@ -178,7 +165,9 @@ def _attend_rows_backward(
     lse: torch.Tensor,
     settings: Settings,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return dq, dk and dv; dlse and lse are [B, T, H]."""
     num_open = settings.count_open_keys(k.shape[1])
     window = k.shape[1] if settings.window_size is None else settings.window_size
     visibility = Visibility(num_open, min(window, k.shape[1]))
-    return attend_backward(dout, dlse, q, k, v, out, lse, visibility, settings.scale)
+    dlse = None if dlse is None else dlse.mT
+    return attend_backward(dout, dlse, q, k, v, out, lse.mT, visibility, settings.scale)

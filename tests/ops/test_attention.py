@@ -1,5 +1,6 @@
 """Attention: the definition against PyTorch's own, the implementations against the definition."""
 
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import pytest
@@ -7,10 +8,15 @@ import torch
 import torch.nn.functional as F
 from helpers.assertions import assert_close
 
-from ops.attention import attention
+from ops.attention import attention, merge, torch_impl, triton_impl
+from ops.attention.settings import Settings
 from ops.attention.torch_forward import attend, attend_portable
-from ops.attention.torch_impl import Settings, attention_bwd, attention_fwd
+from ops.attention.torch_impl import attention_bwd, attention_fwd
 from ops.cpp_build import explain_no_amx
+from ops.triton_runtime import trying
+
+# Triton's interpreter computes with what is not there before it hides it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 IMPLEMENTATIONS = ("torch",)
 CPP_ABSENCE = explain_no_amx("cpu")
@@ -22,6 +28,7 @@ ROWS = (
         "cpp", torch.bfloat16, marks=pytest.mark.skipif(bool(CPP_ABSENCE), reason=str(CPP_ABSENCE))
     ),
 )
+TRITON_ROW = ("triton", torch.float32)
 
 
 def name_row(value: object) -> str:
@@ -83,6 +90,24 @@ CASES = [
     Case((130,), H=2, H_kv=1, D=256),
 ]  # fmt: skip
 SMALL = [case for case in CASES if sum(case.lengths) <= 130]
+INTERPRETED = [
+    *[Case((T,), H=1, H_kv=1, D=32, window_size=w) for T in (1, 63, 64, 65) for w in (None, 16)],
+    Case((65,), H=1, H_kv=1, window_size=1),
+    Case((63,), H=3, H_kv=1),
+    Case((65,), H=1, H_kv=1, D=128),
+    Case((65, 65), H=2, H_kv=2, D=32, window_size=40, packed=False),
+    Case((70, 70), H=2, H_kv=1, D=32, window_size=16, num_sinks=3, packed=False),
+    Case((1, 100, 1), H=2, H_kv=1, D=32),
+    Case((1, 50, 50, 2), H=1, H_kv=1, D=32, window_size=16),
+    Case((33, 0, 64), H=2, H_kv=1, D=32, num_sinks=2),
+    Case((3, 1, 5, 1, 2, 8), H=1, H_kv=1, D=32, num_sinks=2, window_size=3),
+    Case((30, 100, 7), H=1, H_kv=1, D=32, window_size=16, num_sinks=20),
+    Case((65,), H=1, H_kv=1, D=32, num_sinks=100),
+    Case((65,), H=2, H_kv=1, D=32, causal=False),
+    Case((1, 63, 34), H=1, H_kv=1, D=32, causal=False),
+    Case((40,), H=1, H_kv=1, D=24, scale=-0.3),
+    Case((40,), H=1, H_kv=1, D=256),
+]
 EXTREME = [
     Case((65,), magnitude=100.0),
     Case((65,), magnitude=100.0, window_size=16, num_sinks=2),
@@ -124,6 +149,11 @@ def run(case: Case, inputs: list[torch.Tensor], impl: str) -> Results:
     return Results(out, lse, *torch.autograd.grad((out, lse), leaves, (dout, dlse)))
 
 
+def lse_tolerance(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in whose tolerance the log-sum-exp of `dtype` inputs is."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
 def visible_keys(case: Case, T: int) -> torch.Tensor:
     """Return [T, T], key by key from the words of the contract."""
     visible = torch.zeros(T, T, dtype=torch.bool)
@@ -163,12 +193,61 @@ def test_implementation_equals_reference(case: Case, dtype: torch.dtype, impl: s
     inputs = make_inputs(case, dtype)
     expected = run(case, [x.double() for x in inputs[:4]] + inputs[4:], "reference")
     actual = run(case, inputs, impl)
-    lse_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     for name, value in actual._asdict().items():
-        assert_close(name, value, getattr(expected, name), lse_dtype if name == "lse" else dtype)
+        tolerance = lse_tolerance(dtype) if name == "lse" else dtype
+        assert_close(name, value, getattr(expected, name), tolerance)
 
 
-@pytest.mark.parametrize(("impl", "dtype"), ROWS[1:], ids=name_row)
+@pytest.mark.parametrize("blocks", [(32, 16), (16, 32)], ids=["Q32-K16", "Q16-K32"])
+@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+def test_triton_equals_reference(case: Case, blocks: tuple[int, int]) -> None:
+    inputs = make_inputs(case, torch.float32)
+    expected = run(case, [x.double() for x in inputs[:4]] + inputs[4:], "reference")
+    settings = {"BLOCK_Q": blocks[0], "BLOCK_K": blocks[1], "num_warps": 4, "num_stages": 1}
+    with ExitStack() as stack:  # short rows have many blocks
+        for kernel in ("fwd", "bwd_keys", "bwd_queries"):
+            stack.enter_context(trying("attention", f"attention_{kernel}_fp32", 256, settings))
+        actual = run(case, inputs, "triton")
+    for name, value in actual._asdict().items():
+        assert_close(name, value, getattr(expected, name), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (Case((1000,), H=1, H_kv=1, D=32, window_size=300, num_sinks=4), torch.float32),
+        (Case((63, 1, 66), H=2, H_kv=1, D=64), torch.bfloat16),
+        (Case((65, 65), H=3, H_kv=3, D=32, window_size=16, packed=False), torch.bfloat16),
+        (Case((65,), H=2, H_kv=1, D=128, num_sinks=3, window_size=20), torch.float16),
+    ],
+    ids=name_row,
+)
+def test_triton_equals_reference_with_its_own_blocks(case: Case, dtype: torch.dtype) -> None:
+    inputs = make_inputs(case, dtype)
+    expected = run(case, [x.double() for x in inputs[:4]] + inputs[4:], "reference")
+    for name, value in run(case, inputs, "triton")._asdict().items():
+        tolerance = lse_tolerance(dtype) if name == "lse" else dtype
+        assert_close(name, value, getattr(expected, name), tolerance)
+
+
+@pytest.mark.parametrize("num_sinks", [0, 3])
+def test_triton_does_not_visit_keys_out_of_the_window(num_sinks: int) -> None:
+    case = Case((200,), H=1, H_kv=1, D=32, window_size=20, num_sinks=num_sinks)
+    inputs = make_inputs(case, torch.float32)
+    for x in inputs[:4]:
+        x[:, num_sinks:40] = torch.nan  # hiding it would not help: 0 times NaN is NaN
+    results = run(case, inputs, "triton")
+    for name in ("out", "dq", "dk", "dv"):
+        assert getattr(results, name)[:, 128:].isfinite().all(), name
+
+
+def test_triton_names_the_largest_head_dim() -> None:
+    x = torch.zeros(1, 8, 1, 264)
+    with pytest.raises(ValueError, match="at most 256; use"):
+        attention(x, x, x, impl="triton")
+
+
+@pytest.mark.parametrize(("impl", "dtype"), [*ROWS[1:], TRITON_ROW], ids=name_row)
 @pytest.mark.parametrize("case", EXTREME, ids=str)
 def test_extreme_scores_give_no_overflow(case: Case, dtype: torch.dtype, impl: str) -> None:
     inputs = make_inputs(case, dtype)
@@ -178,7 +257,7 @@ def test_extreme_scores_give_no_overflow(case: Case, dtype: torch.dtype, impl: s
         assert_close(name, value, getattr(expected, name), torch.bfloat16)
 
 
-@pytest.mark.parametrize(("impl", "dtype"), ROWS[1:], ids=name_row)
+@pytest.mark.parametrize(("impl", "dtype"), [*ROWS[1:], TRITON_ROW], ids=name_row)
 @pytest.mark.parametrize("num_sinks", [0, 3])
 def test_inputs_need_not_be_contiguous(num_sinks: int, dtype: torch.dtype, impl: str) -> None:
     case = Case((100,), H=6, H_kv=2, num_sinks=num_sinks, window_size=16)
@@ -190,10 +269,10 @@ def test_inputs_need_not_be_contiguous(num_sinks: int, dtype: torch.dtype, impl:
         assert_close(name, value, getattr(expected, name), dtype)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("impl", "dtype"), [ROWS[0], TRITON_ROW], ids=name_row)
 @pytest.mark.parametrize("only", ["out", "lse"])
-def test_each_result_can_be_differentiated_alone(only: str, impl: str) -> None:
-    inputs = [x.requires_grad_() for x in make_inputs(Case((65,)), torch.float64)[:3]]
+def test_each_result_can_be_differentiated_alone(only: str, dtype: torch.dtype, impl: str) -> None:
+    inputs = [x.requires_grad_() for x in make_inputs(Case((65,)), dtype)[:3]]
     results = [
         dict(zip(("out", "lse"), attention(*inputs, impl=x), strict=True))
         for x in ("reference", impl)
@@ -201,22 +280,25 @@ def test_each_result_can_be_differentiated_alone(only: str, impl: str) -> None:
     grads = [torch.autograd.grad(x[only].sum(), inputs, allow_unused=True) for x in results]
     for name, expected, actual in zip(("dq", "dk", "dv"), *grads, strict=True):
         expected = torch.zeros_like(actual) if expected is None else expected
-        assert_close(name, actual, expected, torch.float64)
+        assert_close(name, actual, expected, dtype)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_keys_may_be_more_than_queries_without_causal(impl: str) -> None:
-    q, k, v, dout, dlse = make_inputs(Case((70,), H=6, H_kv=2), torch.float64)
-    leaves = [x.requires_grad_() for x in (q[:, :30].clone(), k, v)]
+@pytest.mark.parametrize(("impl", "dtype"), [ROWS[0], TRITON_ROW], ids=name_row)
+@pytest.mark.parametrize(("T", "T_k"), [(30, 70), (70, 30)])
+def test_keys_may_be_more_or_fewer_than_queries_without_causal(
+    T: int, T_k: int, dtype: torch.dtype, impl: str
+) -> None:
+    q, k, v, dout, dlse = make_inputs(Case((70,), H=6, H_kv=2), dtype)
+    leaves = [x.clone().requires_grad_() for x in (q[:, :T], k[:, :T_k], v[:, :T_k])]
     results = []
     for name in ("reference", impl):
         out, lse = attention(*leaves, causal=False, impl=name)
-        grads = torch.autograd.grad((out, lse), leaves, (dout[:, :30], dlse[:, :, :30]))
+        grads = torch.autograd.grad((out, lse), leaves, (dout[:, :T], dlse[:, :, :T]))
         results.append((out, *grads))
     for name, expected, actual in zip(("out", "dq", "dk", "dv"), *results, strict=True):
-        assert_close(name, actual, expected, torch.float64)
+        assert_close(name, actual, expected, dtype)
     plain = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves), enable_gqa=True)
-    assert_close("out", results[0][0].transpose(1, 2), plain, torch.float64)
+    assert_close("out", results[0][0].transpose(1, 2), plain, dtype)
 
 
 def test_gradients_of_parts_of_the_keys_sum_to_those_of_the_whole() -> None:
@@ -231,6 +313,141 @@ def test_gradients_of_parts_of_the_keys_sum_to_those_of_the_whole() -> None:
     assert_close("dq", parts[0][0] + parts[1][0], dq, torch.float64)
     assert_close("dk", torch.cat([part[1] for part in parts], 1), dk, torch.float64)
     assert_close("dv", torch.cat([part[2] for part in parts], 1), dv, torch.float64)
+
+
+class Partial(NamedTuple):
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+def make_partials(count: int, dtype: torch.dtype) -> list[Partial]:
+    """Return results over disjoint keys, of 50 queries and 3 heads of 40."""
+    return [
+        Partial(torch.randn(1, 50, 3, 40).to(dtype), 3 * torch.randn(1, 3, 50))
+        for _ in range(count)
+    ]
+
+
+MERGE_ROWS = (
+    ("cpp", torch.float32),
+    ("torch", torch.float32),
+    ("torch", torch.bfloat16),
+    ("triton", torch.float32),
+    ("triton", torch.bfloat16),
+)
+
+
+@pytest.mark.parametrize(("impl", "dtype"), MERGE_ROWS, ids=name_row)
+@pytest.mark.parametrize("is_first_wide", [False, True], ids=["same", "float32-first"])
+def test_merge_equals_its_reference(is_first_wide: bool, dtype: torch.dtype, impl: str) -> None:
+    first, other = make_partials(2, dtype)
+    if is_first_wide:
+        first = first._replace(out=first.out.float())
+    first.lse[:, :, :20] = other.lse[:, :, 10:30] = float("-inf")  # 10 queries without any key
+    inputs = [*first, *other]
+    grads = torch.randn(first.out.shape), torch.randn(first.lse.shape)
+    results = []
+    for name in ("reference", impl):
+        wide = torch.double if name == "reference" else first.out.dtype
+        leaves = [x.detach().clone() for x in inputs]
+        if name == "reference":
+            leaves[0], leaves[2] = leaves[0].double(), leaves[2].double()
+        leaves = [x.requires_grad_() for x in leaves]
+        out, lse = merge(*leaves, impl=name)
+        assert out.dtype == wide
+        douts = grads[0].to(first.out.dtype).to(wide), grads[1]
+        results.append((out, lse, *torch.autograd.grad((out, lse), leaves, douts)))
+    names = ("out", "lse", "dout", "dlse", "dother_out", "dother_lse")
+    for name, expected, actual in zip(names, *results, strict=True):
+        empty = expected == float("-inf")
+        assert torch.equal(empty, actual == float("-inf"))
+        exact = "lse" in name or (name in ("out", "dout") and is_first_wide)
+        tolerance = torch.float32 if exact else dtype
+        assert_close(name, actual.masked_fill(empty, 0), expected.masked_fill(empty, 0), tolerance)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS, "triton"])
+def test_merged_attention_equals_attention_to_all_keys(impl: str) -> None:
+    q, k, v, dout, dlse = make_inputs(Case((40,), H=4, H_kv=2, D=32), torch.float32)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    whole = attention(*leaves, causal=False, impl="reference")
+    expected = (*whole, *torch.autograd.grad(whole, leaves, (dout, dlse)))
+    parts = [
+        attention(q, k[:, keys], v[:, keys], causal=False, impl=impl)
+        for keys in (slice(0, 13), slice(13, 40))
+    ]
+    merged = merge(*parts[0], *parts[1], impl=impl)
+    actual = (*merged, *torch.autograd.grad(merged, leaves, (dout, dlse)))
+    for name, a, b in zip(Results._fields, actual, expected, strict=True):
+        assert_close(name, a, b, torch.float32)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_merges_of_eight_parts_in_any_order_give_the_same(impl: str) -> None:
+    parts = make_partials(8, torch.float32)
+    lse = torch.stack([part.lse for part in parts]).double()
+    weights = lse.softmax(0).mT[..., None]
+    out = (weights * torch.stack([part.out for part in parts])).sum(0)
+    for _ in range(2):
+        order = torch.randperm(8).tolist()
+        total = Partial(torch.zeros_like(parts[0].out), torch.full_like(parts[0].lse, -torch.inf))
+        for i in order:
+            total = Partial(*merge(*total, *parts[i], impl=impl))
+        assert_close("out", total.out, out, torch.float32)
+        assert_close("lse", total.lse, lse.logsumexp(0), torch.float32)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_partial_results_far_apart_merge_without_overflow(impl: str) -> None:
+    first, other = make_partials(2, torch.float32)
+    far = other._replace(lse=other.lse + 1000.0)
+    for pair in ((first, far), (far, first)):
+        leaves = [x.clone().requires_grad_() for part in pair for x in part]
+        out, lse = merge(*leaves, impl=impl)
+        assert torch.equal(out, far.out)
+        assert torch.equal(lse, far.lse)
+        for grad in torch.autograd.grad((out.sum() + lse.sum()), leaves):
+            assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("impl", "dtype"), MERGE_ROWS[1:], ids=name_row)
+def test_shards_of_the_keys_add_up_as_in_a_ring(dtype: torch.dtype, impl: str) -> None:
+    case = Case((80,), H=4, H_kv=2, D=32)
+    inputs = make_inputs(case, dtype)
+    expected = run(case, [x.double() for x in inputs[:4]] + inputs[4:], "reference")
+    q, k, v, dout, dlse = inputs
+    module = {"torch": torch_impl, "triton": triton_impl}[impl]
+    before, own = (Settings(causal, None, 0, 32**-0.5, None) for causal in (False, True))
+    halves = slice(0, 40), slice(40, 80)
+
+    # The second half of the queries sees its own keys causally and all of the first half's.
+    out, lse = module.attention_fwd(q[:, halves[1]], k[:, halves[1]], v[:, halves[1]], own)
+    part = module.attention_fwd(q[:, halves[1]], k[:, halves[0]], v[:, halves[0]], before)
+    out, lse = merge(out.float(), lse, *part, impl=impl)
+    assert_close("out", out, expected.out[:, halves[1]], dtype)
+    assert_close("lse", lse, expected.lse[:, :, halves[1]], lse_tolerance(dtype))
+
+    first = module.attention_fwd(*(x[:, halves[0]] for x in (q, k, v)), own)
+    grads = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
+    late = (out.to(dtype), lse)
+    for queries, keys, results, settings in (
+        (halves[0], halves[0], first, own),
+        (halves[1], halves[1], late, own),
+        (halves[1], halves[0], late, before),
+    ):
+        parts = module.attention_bwd(
+            dout[:, queries],
+            dlse[:, :, queries],
+            q[:, queries],
+            k[:, keys],
+            v[:, keys],
+            *results,
+            settings,
+        )
+        for grad, share, rows in zip(grads, parts, (queries, keys, keys), strict=True):
+            grad[:, rows] += share
+    for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
+        assert_close(name, grad, getattr(expected, name), dtype)
 
 
 @pytest.mark.parametrize("kind", ["open", "causal", "biased"])
@@ -280,6 +497,20 @@ def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -
     arguments = {"q": torch.zeros(1, 8, 6, 16), "k": k, "v": k, **change}
     with pytest.raises(ValueError, match=message):
         attention(**arguments)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
+def test_no_tokens_give_empty_results(impl: str) -> None:
+    q, k = torch.zeros(1, 0, 2, 32), torch.zeros(1, 5, 2, 32)
+    results = attention(q, q, q, impl=impl)
+    assert [list(x.shape) for x in results] == [[1, 0, 2, 32], [1, 2, 0]]
+    assert [list(x.shape) for x in merge(*results, *results, impl=impl)] == [
+        [1, 0, 2, 32],
+        [1, 2, 0],
+    ]
+    out, lse = attention(k, q, q, causal=False, impl=impl)
+    assert torch.equal(out, torch.zeros_like(k))
+    assert torch.equal(lse, torch.full((1, 2, 5), -torch.inf))
 
 
 def test_packed_documents_need_a_batch_of_one() -> None:
