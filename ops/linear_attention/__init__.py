@@ -1,6 +1,9 @@
 """Linear attention with optional scalar or per-channel decay (eq. 4, 10, 11 of arXiv:2509.05276).
 
 S_t = diag(exp(log_decay_t)) S_{t-1} + k_t^T v_t        o_t = scale q_t S_t
+
+Scalar decay is RetNet and Lightning Attention (constant) or Mamba-2; one per channel is GLA, and
+HGRN2 with k = 1 - exp(log_decay).
 """
 
 import torch
@@ -8,9 +11,26 @@ import torch
 from ops.registry import FLOATS, Implementation, choose
 
 IMPLEMENTATIONS = (
+    Implementation(
+        "cpp",
+        "ops.linear_attention.cpp_impl",
+        ("cpu",),
+        (torch.bfloat16,),
+        requires="ops.cpp_build:explain_no_amx",
+    ),
+    Implementation(
+        "triton",
+        "ops.linear_attention.triton_impl",
+        ("cuda",),
+        (torch.float32, torch.bfloat16, torch.float16),
+        requires="ops.triton_runtime:explain_absence",
+        on_request=("cpu",),
+    ),
     Implementation("torch", "ops.linear_attention.torch_impl", None, FLOATS),
     Implementation("reference", "ops.linear_attention.reference", None, FLOATS),
 )
+# One token is too little for the kernel of the CPU.
+STEP_IMPLEMENTATIONS = tuple(row for row in IMPLEMENTATIONS if row.name != "cpp")
 
 
 def linear_attention(
@@ -38,7 +58,7 @@ def linear_attention(
         initial_state: [B, H_state, D_k, D_v], or one per document with `cu_seqlens`.
         output_final_state: also return the state after the last token.
         cu_seqlens: int32 [N+1], documents packed in one row (B = 1); each starts afresh.
-        impl: "reference" | "torch"; None lets the registry choose.
+        impl: "reference" | "torch" | "triton" | "cpp"; None lets the registry choose.
 
     Returns:
         out [B, T, H, D_v] in the dtype of q; final state float32 (float64 for float64 inputs)
@@ -62,25 +82,31 @@ def linear_attention_step(
     state: torch.Tensor,
     *,
     scale: float | None = None,
+    impl: str | None = None,
 ) -> torch.Tensor:
-    """Advance `state` by one token, in place, and read it (decoding).
+    """Advance `state` by one token, in place, and read it (decoding; no gradient).
 
     Args:
         q: [B, H, D_k]; k [B, H_state, D_k]; v [B, H_state, D_v]; log_decay None, [B, H_state] or
             [B, H_state, D_k].
         state: float32 [B, H_state, D_k, D_v], overwritten.
+        scale: factor on q; default D_k ** -0.5.
+        impl: "reference" | "torch" | "triton"; None lets the registry choose.
 
     Returns:
         [B, H, D_v] in the dtype of q.
+
+    Raises:
+        ValueError: shapes do not fit or the pinned implementation cannot run.
     """
-    if log_decay is not None:
-        decay = log_decay.float().exp()
-        state.mul_(decay[..., None] if decay.dim() == 3 else decay[..., None, None])
-    state.add_(k.float()[..., None] * v.float()[..., None, :])
-    B, H, D_k = q.shape
-    grouped = q.float().view(B, k.shape[1], H // k.shape[1], D_k)
-    out = grouped @ state * (D_k**-0.5 if scale is None else scale)
-    return out.view(B, H, v.shape[-1]).to(q.dtype)
+    decay = None if log_decay is None else log_decay.unsqueeze(1)
+    _check(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), decay, state, None)
+    if state.dtype != torch.float32:
+        raise ValueError(f"state is {state.dtype} and must be float32, which loses no token")
+    function = choose("linear_attention.linear_attention_step", STEP_IMPLEMENTATIONS, q, impl)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out: torch.Tensor = function(q, k, v, log_decay, state, scale)
+    return out
 
 
 def _check(

@@ -32,6 +32,22 @@ def linear_attention(
     return torch.cat(outs).view(*q.shape[:3], v.shape[-1]).to(q.dtype), torch.stack(finals)
 
 
+def linear_attention_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    state: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """See `ops.linear_attention.linear_attention_step`: a row of one token, for each of B."""
+    decay = None if log_decay is None else log_decay.unsqueeze(1)
+    q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+    out, final = linear_attention(q, k, v, decay, scale, state, None)
+    state.copy_(final)
+    return out.squeeze(1)
+
+
 def _recurrence(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -171,3 +171,21 @@ class _StateScan(torch.autograd.Function):
             ddecay = ddecay.sum(-1, keepdim=True)
         dinitial = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
         return ddecay, dlocal, dinitial, None
+
+
+def linear_attention_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    state: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """See `ops.linear_attention.linear_attention_step`."""
+    if log_decay is not None:
+        decay = log_decay.float().exp()
+        state.mul_(decay[..., None] if decay.dim() == 3 else decay[..., None, None])
+    state.add_(k.float()[..., None] * v.float()[..., None, :])
+    B, H, D_k = q.shape
+    grouped = q.float().view(B, k.shape[1], H // k.shape[1], D_k)
+    return (grouped @ state * scale).view(B, H, v.shape[-1]).to(q.dtype)

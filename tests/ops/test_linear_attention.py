@@ -10,8 +10,11 @@ from helpers.assertions import assert_close
 from ops.linear_attention import linear_attention, linear_attention_step
 from ops.linear_attention.torch_impl import _chunk_size
 
-IMPLEMENTATIONS = ("torch",)
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+IMPLEMENTATIONS = ("torch", "triton")
+DTYPES = {
+    "torch": (torch.float64, torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16),
+}
 DECAYS = (None, "scalar", "vector")
 NAMES = ("q", "k", "v", "log_decay", "initial_state")
 
@@ -50,6 +53,7 @@ CASES = [
     Case((1, 130, 5), decay="scalar", initial_state=True),
     Case((5, 64, 64, 1), decay=None, initial_state=True),
     Case((3, 70), decay="vector-inf", initial_state=True),
+    Case((3, 0, 70, 0), initial_state=True),
     Case((100,), H=3, H_state=3, D=64),
     Case((70,), H=6, H_state=2, initial_state=True),
     Case((70, 2), H=7, H_state=1, decay="scalar", initial_state=True),
@@ -57,7 +61,44 @@ CASES = [
     Case((70,), H=6, H_state=2, D=32, D_v=64, decay=None),
     Case((65, 1), H=3, H_state=1, D=64, D_v=32, initial_state=True),
 ]  # fmt: skip
-SMALL = [case for case in CASES if sum(case.lengths) <= 140]
+SMALL = [case for case in CASES if sum(case.lengths) <= 140 and 0 not in case.lengths]
+# The interpreter takes a millisecond for a few operations of a block: fewer and smaller rows.
+TRITON_CASES = {
+    torch.float32: [
+        *[Case((T,), H=1, H_state=1, decay=decay) for T in (1, 63, 64, 65) for decay in DECAYS],
+        *[
+            Case((65,), H=1, H_state=1, decay=f"{n}-{cut}")
+            for n in DECAYS[1:]
+            for cut in (50, "inf")
+        ],
+        *[Case((128,), H=1, H_state=1, decay=f"{size}-inf") for size in DECAYS[1:]],
+        Case((1000,), H=1, H_state=1, initial_state=True),
+        Case((100,), H=2, H_state=1, decay="vector-strong"),
+        Case((100,), H=2, H_state=1, decay="scalar-strong", initial_state=True),
+        Case((63, 63, 63), H=1, H_state=1, packed=False, initial_state=True),
+        Case((1, 70, 0, 1, 28), H=1, H_state=1, initial_state=True),
+        Case((1, 130, 5), H=1, H_state=1, decay="scalar", initial_state=True),
+        Case((5, 64, 64, 1), H=1, H_state=1, decay=None, initial_state=True),
+        Case((3, 70), H=1, H_state=1, decay="vector-inf", initial_state=True),
+        Case((20, 2), H=7, H_state=1, decay="scalar", initial_state=True),
+        Case((20,), H=7, H_state=1),
+        Case((20,), H=6, H_state=2, D=32, D_v=64, decay=None),
+        Case((20,), H=3, H_state=3, D=64, initial_state=True),
+        Case((20, 1), H=3, H_state=1, D=64, D_v=32, initial_state=True),
+        Case((20,), H=1, H_state=1, D=128, initial_state=True),
+        Case((20,), H=1, H_state=1, D=128, decay="scalar"),
+        Case((20,), D=24, D_v=40, initial_state=True),
+    ],
+    torch.bfloat16: [
+        *[Case((65,), H=1, H_state=1, decay=decay, initial_state=True) for decay in DECAYS],
+        Case((3, 20), H=3, H_state=1, decay="vector-inf", initial_state=True),
+        Case((20,), H=1, H_state=1, D=128, D_v=64),
+    ],
+}
+ROWS = [
+    *[(case, dtype, "torch") for dtype in DTYPES["torch"] for case in CASES],
+    *[(case, dtype, "triton") for dtype in DTYPES["triton"] for case in TRITON_CASES[dtype]],
+]
 
 
 class Inputs(NamedTuple):
@@ -135,6 +176,9 @@ def masked_product(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def run(x: Inputs, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run on the CPU, in Triton's interpreter if need be; Triton on a GPU where there is one."""
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    x = Inputs._make(None if t is None else t.to(device) for t in x)
     out, final = linear_attention(
         x.q,
         x.k,
@@ -146,7 +190,7 @@ def run(x: Inputs, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
         impl=impl,
     )
     assert final is not None
-    return out, final
+    return out.cpu(), final.cpu()
 
 
 def outputs_and_gradients(x: Inputs, impl: str | None) -> dict[str, torch.Tensor]:
@@ -184,9 +228,7 @@ def test_reference_equals_the_masked_product(case: Case) -> None:
     )
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype", "impl"), ROWS, ids=str)
 def test_implementation_equals_the_reference(case: Case, dtype: torch.dtype, impl: str) -> None:
     x = make_inputs(case, dtype)
     actual = outputs_and_gradients(x, impl)
@@ -196,9 +238,45 @@ def test_implementation_equals_the_reference(case: Case, dtype: torch.dtype, imp
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("used", ["out", "final_state"])
+def test_either_output_may_be_used_alone(used: str, decay: str | None, impl: str) -> None:
+    x = make_inputs(Case((2, 67), H=1, H_state=1, decay=decay, initial_state=True), torch.float32)
+    results = []
+    for y, name in ((x, impl), (to_double(x), "reference")):
+        leaves = [None if t is None else t.clone().requires_grad_() for t in y[:5]]
+        out, final = run(Inputs._make([*leaves, x.cu_seqlens]), name)
+        output = out if used == "out" else final
+        named = {n: t for n, t in zip(NAMES, leaves, strict=True) if t is not None}
+        weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype)
+        loss = (output.flatten() * weight).sum()
+        gradients = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
+        results.append(dict(zip(named, gradients, strict=True)))
+    assert_all_close(*results, torch.float32)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+def test_keys_may_be_what_the_decay_leaves(impl: str) -> None:
+    """HGRN2: k = 1 - exp(log_decay), so that a gate's gradient takes both ways."""
+    case = Case((5, 66), H=1, H_state=1, D=16)
+    dtype = torch.float32 if impl == "triton" else torch.float64
+    x = make_inputs(case, dtype)
+    gate = torch.randn(x.k.shape).to(dtype)
+    results = []
+    for wide, function in ((dtype, lambda y: run(y, impl)), (torch.float64, masked_product)):
+        leaf = gate.to(wide).requires_grad_()
+        log_decay = torch.nn.functional.logsigmoid(leaf)
+        inputs = [x.q.to(wide), 1 - log_decay.exp(), x.v.to(wide), log_decay, None, x.cu_seqlens]
+        out, final = function(Inputs._make(inputs))
+        (dgate,) = torch.autograd.grad(out.square().sum() + final.square().sum(), leaf)
+        results.append({"out": out.detach(), "final_state": final.detach(), "dgate": dgate})
+    assert_all_close(*results, dtype)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rate", [0.1, 0.5, 5.0])
 def test_float16_survives_every_decay(rate: float, impl: str) -> None:
-    x = make_inputs(Case((128,)), torch.float16)
+    x = make_inputs(Case((80,), H=1, H_state=1), torch.float16)
     x = x._replace(log_decay=torch.full(x.k.shape, -rate))
     expected = outputs_and_gradients(to_double(x), "reference")
     # float16 rounds finer than bfloat16, whose tolerance therefore holds.
@@ -207,8 +285,9 @@ def test_float16_survives_every_decay(rate: float, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_inputs_need_not_be_contiguous(impl: str) -> None:
-    x = make_inputs(Case((70, 3), H=6, H_state=2, initial_state=True), torch.float32, strided=True)
-    x = x._replace(log_decay=make_decay(Case((70, 3), H_state=2), 1, 73)[..., :1].expand_as(x.k))
+    case = Case((67, 3), H=4, H_state=2, D=16, initial_state=True)
+    x = make_inputs(case, torch.float32, strided=True)
+    x = x._replace(log_decay=make_decay(case, 1, 70)[..., :1].expand_as(x.k))
     assert not any(t.is_contiguous() for t in x[:4] if t is not None)
     dense = Inputs._make(None if t is None else t.contiguous() for t in x)
     strided, expected = outputs_and_gradients(x, impl), outputs_and_gradients(dense, impl)
@@ -218,6 +297,8 @@ def test_inputs_need_not_be_contiguous(impl: str) -> None:
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 def test_state_is_returned_on_request_and_scale_multiplies_the_output(impl: str) -> None:
     x = make_inputs(Case((70,)), torch.float32)
+    if impl == "triton" and torch.cuda.is_available():
+        x = Inputs._make(None if t is None else t.cuda() for t in x)
     out, none = linear_attention(x.q, x.k, x.v, x.log_decay, impl=impl)
     assert none is None
     scaled, _ = linear_attention(x.q, x.k, x.v, x.log_decay, scale=3 * 32**-0.5, impl=impl)
@@ -227,7 +308,10 @@ def test_state_is_returned_on_request_and_scale_multiplies_the_output(impl: str)
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_two_halves_chained_by_the_state_equal_the_whole(decay: str | None, impl: str) -> None:
-    x = make_inputs(Case((100,), H=6, decay=decay, initial_state=True, packed=False))
+    dtype = torch.float32 if impl == "triton" else torch.float64
+    x = make_inputs(
+        Case((100,), H=2, H_state=1, decay=decay, initial_state=True, packed=False), dtype
+    )
     out, final = run(x, impl)
     halves = []
     state = x.initial_state
@@ -236,8 +320,8 @@ def test_two_halves_chained_by_the_state_equal_the_whole(decay: str | None, impl
         tensors = [None if t is None else t[:, part] for t in x[:4]]
         half, state = run(Inputs._make([*tensors, state, None]), impl)
         halves.append(half)
-    assert_close("out", torch.cat(halves, 1), out, torch.float64)
-    assert_close("final_state", state, final, torch.float64)
+    assert_close("out", torch.cat(halves, 1), out, dtype)
+    assert_close("final_state", state, final, dtype)
 
 
 @pytest.mark.parametrize(("H", "H_state"), [(2, 2), (6, 2), (7, 1)])
@@ -256,12 +340,54 @@ def test_step_by_step_equals_the_parallel_form(decay: str | None, H: int, H_stat
     assert_close("final_state", state, final, torch.float32)
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("H", "H_state"), [(2, 2), (7, 1)])
+@pytest.mark.parametrize("decay", [None, "scalar", "vector", "vector-inf"])
+def test_step_equals_the_reference(decay: str | None, H: int, H_state: int, impl: str) -> None:
+    case = Case((3, 3), H=H, H_state=H_state, D=24, D_v=40, decay=decay, packed=False)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = make_inputs(case._replace(initial_state=True), dtype, strided=True)
+        assert x.initial_state is not None
+        expected_state = x.initial_state.clone()
+        # Decoding may be handed a view of a larger cache, which must be written through.
+        cache = x.initial_state.new_zeros(2, H_state, 24, 80)
+        state = cache[..., ::2].copy_(x.initial_state)
+        for t in range(3):
+            tokens = [None if y is None else y[:, t] for y in x[:4]]
+            out = step(*tokens, state, impl)
+            expected = step(*tokens, expected_state, "reference")
+            assert out.dtype == dtype
+            assert_close("out", out, expected, dtype)
+        assert_close("state", cache[..., ::2], expected_state, torch.float32)
+        assert not cache[..., 1::2].any()
+
+
+def step(q, k, v, log_decay, state, impl):
+    """Take one step, on the device of `run`; the state stays in its place."""
+    if impl != "triton" or not torch.cuda.is_available():
+        return linear_attention_step(q, k, v, log_decay, state, impl=impl)
+    moved = [None if x is None else x.cuda() for x in (q, k, v, log_decay, state)]
+    out = linear_attention_step(*moved, impl=impl)
+    state.copy_(moved[-1])
+    return out.cpu()
+
+
 def test_step_reads_with_the_given_scale_and_keeps_the_dtype() -> None:
     q, k, v = (torch.randn(1, 2, 8).bfloat16() for _ in range(3))
     first = linear_attention_step(q, k, v, None, torch.zeros(1, 2, 8, 8), scale=1.0)
     second = linear_attention_step(q, k, v, None, torch.zeros(1, 2, 8, 8), scale=2.0)
     assert first.dtype == torch.bfloat16
     assert torch.equal(2 * first, second)
+
+
+def test_step_refuses_a_state_that_would_lose_tokens_or_does_not_fit() -> None:
+    q, k, v = (torch.randn(1, 2, 8).bfloat16() for _ in range(3))
+    with pytest.raises(ValueError, match=r"state is torch.bfloat16 and must be float32"):
+        linear_attention_step(q, k, v, None, torch.zeros(1, 2, 8, 8).bfloat16())
+    with pytest.raises(ValueError, match=r"must be \(1, 2, 8, 8\)"):
+        linear_attention_step(q, k, v, None, torch.zeros(1, 1, 8, 8))
+    with pytest.raises(ValueError, match="linear_attention=cpp: no such implementation"):
+        linear_attention_step(q, k, v, None, torch.zeros(1, 2, 8, 8), impl="cpp")
 
 
 @pytest.mark.parametrize(
