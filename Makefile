@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train install test check bench clean
+.PHONY: train install test check kernels bench clean
 
 train: install
 	$(BIN)/longaxon train experiment=quickstart
@@ -26,8 +26,12 @@ check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+kernels: install
+	$(BIN)/longaxon bench suite=compile out=runs/bench-compile.json
+
 bench: install
 	$(BIN)/longaxon bench suite=train_step out=runs/bench-train_step.json
+	$(BIN)/longaxon bench suite=ops out=runs/bench-ops.json
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

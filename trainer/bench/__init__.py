@@ -51,18 +51,19 @@ def run_suite(config: BenchConfig, accelerator: Accelerator) -> list[dict[str, A
     """
     torch.set_num_threads(config.num_threads)
     peak = measure_peak_flops(accelerator.device(0), getattr(torch, config.dtype), seconds=3.0)
+    versions = {name: version(name) for name in ("torch", "triton", "deepspeed", "transformers")}
+    versions["python"] = platform.python_version()
     context = {
         "device": accelerator.description(),
         "num_threads": torch.get_num_threads(),
         "dtype": config.dtype,
-        "versions": {p: version(p) for p in ("torch", "triton", "deepspeed", "transformers")}
-        | {"python": platform.python_version()},
+        "versions": versions,
         "measured_peak_flops": peak,
     }
     print(
         f"{context['device']}, {torch.get_num_threads()} threads, {config.dtype}, measured peak "
         f"{peak / 1e9:.0f} GFLOP/s, "
-        + ", ".join(f"{name} {number}" for name, number in context["versions"].items())
+        + ", ".join(f"{name} {number}" for name, number in versions.items())
     )
     rows: list[dict[str, Any]] = []
     try:

@@ -96,7 +96,9 @@ def _delta_rule(draw: Draw, D: int, T: int) -> Compute:
 def _cross_entropy(draw: Draw, V: int, T: int) -> Compute:
     hidden, weight = draw(T, 64), draw(V, 64)
     labels = torch.zeros(T, dtype=torch.int64, device=hidden.device)
-    return _step(lambda *x: linear_cross_entropy(*x, labels, impl="triton")[0], [hidden, weight])
+    return _step(
+        lambda h, w: linear_cross_entropy(h, w, labels, impl="triton")[0], [hidden, weight]
+    )
 
 
 def _rms_norm(draw: Draw, E: int, T: int) -> Compute:
@@ -168,7 +170,7 @@ def _grouped_matmul(draw: Draw, columns: int, T: int) -> Compute:
     x, weight = draw(T, 1024), draw(8, min(columns, 4096), 1024)
     counts = torch.full((8,), T // 8, device=x.device)
     counts[0] += T - int(counts.sum())
-    return _step(lambda *x: grouped_matmul(*x, counts, impl="triton"), [x, weight])
+    return _step(lambda x, w: grouped_matmul(x, w, counts, impl="triton"), [x, weight])
 
 
 CASES: dict[str, Callable[[Draw, int, int], Compute]] = {

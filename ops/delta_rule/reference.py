@@ -1,0 +1,55 @@
+"""Definition of the gated delta rule: the recurrence, one token at a time."""
+
+import itertools
+
+import torch
+
+
+def delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    scale: float,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `ops.delta_rule.delta_rule`; differentiable by autograd."""
+    if cu_seqlens is None:
+        rows = [(b, 0, q.shape[1]) for b in range(q.shape[0])]
+    else:
+        rows = [(0, start, stop) for start, stop in itertools.pairwise(cu_seqlens.tolist())]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    outs, finals = [], []
+    for n, (b, start, stop) in enumerate(rows):
+        initial = None if initial_state is None else initial_state[n].to(dtype)
+        decay = None if log_decay is None else log_decay[b, start:stop].to(dtype).exp()
+        q_n, k_n, v_n, beta_n = (x[b, start:stop].to(dtype) for x in (q, k, v, beta))
+        out, final = _recurrence(q_n, k_n, v_n, beta_n, decay, initial)
+        outs.append(out * scale)
+        finals.append(final)
+    return torch.cat(outs).view(*q.shape[:3], v.shape[-1]).to(q.dtype), torch.stack(finals)
+
+
+def _recurrence(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    decay: torch.Tensor | None,
+    state: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [T, H, D_k]; k, v, decay [T, H_state, ...]; beta [T, H_state]; state [H_state, D, D]."""
+    group = q.shape[1] // k.shape[1]
+    if state is None:
+        state = k.new_zeros(k.shape[1], k.shape[2], v.shape[2])
+    outs = [q.new_zeros(0, q.shape[1], v.shape[2])]
+    for t in range(q.shape[0]):
+        if decay is not None:
+            step = decay[t] if decay.dim() == 3 else decay[t, :, None]
+            state = step[..., None] * state
+        error = v[t] - torch.einsum("hk,hkv->hv", k[t], state)
+        state = state + k[t, :, :, None] * (beta[t, :, None] * error)[:, None, :]
+        outs.append(torch.einsum("hk,hkv->hv", q[t], state.repeat_interleave(group, 0))[None])
+    return torch.cat(outs), state
