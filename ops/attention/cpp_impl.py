@@ -4,12 +4,11 @@ The kernel is for causal attention without sinks, with a positive scale and head
 32; everything else is left to `torch_impl`.
 """
 
-from typing import Any
-
 import torch
-from torch.autograd.function import once_differentiable
 
 from ops.attention import torch_impl
+from ops.attention.autograd import Attention
+from ops.attention.settings import Settings
 from ops.cpp_build import load_kernel
 
 HEAD_DIM_MULTIPLE, MAX_HEAD_DIM = 32, 256
@@ -27,57 +26,58 @@ def attention(
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `ops.attention.attention`; cost grows with T x window_size, memory with T."""
-    D, T = q.shape[3], q.shape[1]
-    fits = D % HEAD_DIM_MULTIPLE == 0 and D <= MAX_HEAD_DIM and q.numel() > 0
-    if not (fits and causal and num_sinks == 0 and scale > 0):
-        return torch_impl.attention(
-            q,
-            k,
-            v,
-            causal=causal,
-            window_size=window_size,
-            num_sinks=num_sinks,
-            scale=scale,
-            cu_seqlens=cu_seqlens,
-        )
-    bounds = torch.tensor([0, T], dtype=torch.int32) if cu_seqlens is None else cu_seqlens
-    window = T if window_size is None else min(window_size, T)
-    out, lse = _Attention.apply(q, k, v, bounds.contiguous(), window, scale)
+    documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    settings = Settings(causal, window_size, num_sinks, scale, documents)
+    out, lse = Attention.apply(q, k, v, settings, attention_fwd, attention_bwd)
     return out, lse
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        bounds: torch.Tensor,
-        window: int,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k, v = (_with_dense_heads(x) for x in (q, k, v))
-        out, lse = load_kernel("attention").fwd(q, k, v, bounds, window, scale)
-        ctx.save_for_backward(q, k, v, out, lse, bounds)
-        ctx.window, ctx.scale = window, scale
-        ctx.set_materialize_grads(False)
-        return out, lse
+def attention_fwd(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out [B, T, H, D] and lse [B, H, T], float32."""
+    if not _fits(q, settings):
+        return torch_impl.attention_fwd(q, k, v, settings)
+    q, k, v = (_with_dense_heads(x) for x in (q, k, v))
+    out, lse = load_kernel("attention").fwd(q, k, v, *_pattern(q, settings), settings.scale)
+    return out, lse
 
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse, bounds = ctx.saved_tensors
-        if dout is None and dlse is None:
-            return None, None, None, None, None, None
-        dout = torch.zeros_like(out) if dout is None else _with_dense_heads(dout)
-        dlse = None if dlse is None else dlse.contiguous()
-        grads = load_kernel("attention").bwd(
-            dout, dlse, q, k, v, out, lse, bounds, ctx.window, ctx.scale
-        )
-        return *grads, None, None, None
+
+def attention_bwd(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    settings: Settings,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return dq, dk, dv in the inputs' shapes and dtype.
+
+    out and lse may be those of a softmax over more keys than k holds: then the gradients are the
+    share of these keys.
+    """
+    if not _fits(q, settings):
+        return torch_impl.attention_bwd(dout, dlse, q, k, v, out, lse, settings)
+    dout, q, k, v, out = (_with_dense_heads(x) for x in (dout, q, k, v, out))
+    dlse = None if dlse is None else dlse.contiguous()
+    inputs = (dout, dlse, q, k, v, out, lse.contiguous())
+    dq, dk, dv = load_kernel("attention").bwd(*inputs, *_pattern(q, settings), settings.scale)
+    return dq, dk, dv
+
+
+def _fits(q: torch.Tensor, settings: Settings) -> bool:
+    D = q.shape[3]
+    takes_heads = D % HEAD_DIM_MULTIPLE == 0 and D <= MAX_HEAD_DIM and q.numel() > 0
+    return takes_heads and settings.causal and settings.num_sinks == 0 and settings.scale > 0
+
+
+def _pattern(q: torch.Tensor, settings: Settings) -> tuple[torch.Tensor, int]:
+    """Return the bounds of the documents and the window, as the kernel takes them."""
+    T = q.shape[1]
+    bounds = torch.tensor(settings.documents or (0, T), dtype=torch.int32)
+    return bounds, T if settings.window_size is None else min(settings.window_size, T)
 
 
 def _with_dense_heads(x: torch.Tensor) -> torch.Tensor:

@@ -8,11 +8,10 @@ and merges the two by their log-sum-exp; the backward pass recomputes tiles of b
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from ops.attention.autograd import Attention
 from ops.attention.settings import Settings
 from ops.attention.tiles import Visibility
 from ops.attention.torch_backward import attend_backward
@@ -35,7 +34,7 @@ def attention(
     """Compute `ops.attention.attention`; cost grows with T x window_size, memory with T."""
     documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
     settings = Settings(causal, window_size, num_sinks, scale, documents)
-    out, lse = _Attention.apply(q, k, v, settings)
+    out, lse = Attention.apply(q, k, v, settings, attention_fwd, attention_bwd)
     return out, lse
 
 
@@ -65,29 +64,6 @@ def attention_bwd(
     inputs = (dout, None if dlse is None else dlse.mT, q, k, v, out, lse.mT)
     dq, dk, dv = _map_documents(_attend_rows_backward, inputs, settings)
     return dq, dk, dv
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = attention_fwd(q, k, v, settings)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.settings = settings
-        ctx.set_materialize_grads(False)
-        return out, lse.float()
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        if dout is None and dlse is None:
-            return None, None, None, None
-        dout = torch.zeros_like(out) if dout is None else dout
-        return *attention_bwd(dout, dlse, q, k, v, out, lse, ctx.settings), None
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,15 @@
 """Merge of two partial attention results in PyTorch (section 2 of arXiv:2310.01889)."""
 
-from typing import Any
-
 import torch
-from torch.autograd.function import once_differentiable
+
+from ops.attention.autograd import Merge
 
 
 def merge(
     out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `ops.attention.merge`."""
-    merged, merged_lse = _Merge.apply(out, lse, other_out, other_lse)
+    merged, merged_lse = Merge.apply(out, lse, other_out, other_lse, merge_fwd, merge_bwd)
     return merged, merged_lse
 
 
@@ -49,24 +48,6 @@ def merge_bwd(
         share.to(other_out.dtype),
         towards_other.to(other_lse.dtype),
     )
-
-
-class _Merge(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        other_out: torch.Tensor,
-        other_lse: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(out, lse, other_out, other_lse)
-        return merge_fwd(out, lse, other_out, other_lse)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dmerged: torch.Tensor, dlse: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return merge_bwd(dmerged, dlse, *ctx.saved_tensors)
 
 
 def _weigh_other(lse: torch.Tensor, other_lse: torch.Tensor) -> torch.Tensor:

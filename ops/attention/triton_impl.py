@@ -1,10 +1,8 @@
 """Attention in Triton for NVIDIA and AMD GPUs; nothing of size T x T, cost as T x visible keys."""
 
-from typing import Any
-
 import torch
-from torch.autograd.function import once_differentiable
 
+from ops.attention.autograd import Attention
 from ops.attention.settings import Settings
 from ops.attention.triton_backward import attend_backward
 from ops.attention.triton_builds import SEARCH, list_builds
@@ -40,7 +38,7 @@ def attention(
         )
     documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
     settings = Settings(causal, window_size, num_sinks, scale, documents)
-    out, lse = _Attention.apply(q, k, v, settings)
+    out, lse = Attention.apply(q, k, v, settings, attention_fwd, attention_bwd)
     return out, lse
 
 
@@ -71,26 +69,3 @@ def attention_bwd(
     dlse = None if dlse is None else dlse.contiguous()
     table = build_table(q, k, settings)
     return attend_backward(dout, dlse, q, k, v, out, lse, table, settings.scale)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = attention_fwd(q, k, v, settings)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.settings = settings
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        if dout is None and dlse is None:
-            return None, None, None, None
-        dout = torch.zeros_like(out) if dout is None else dout
-        return *attention_bwd(dout, dlse, q, k, v, out, lse, ctx.settings), None

@@ -1,12 +1,10 @@
 """Merge of two partial attention results on NVIDIA and AMD (section 2 of arXiv:2310.01889)."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
+from ops.attention.autograd import Merge
 from ops.attention.triton_tiles import load_rows, store_rows
 from ops.triton_runtime import find_blocks
 
@@ -15,7 +13,7 @@ def merge(
     out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `ops.attention.merge`."""
-    merged, merged_lse = _Merge.apply(out, lse, other_out, other_lse)
+    merged, merged_lse = Merge.apply(out, lse, other_out, other_lse, merge_fwd, merge_bwd)
     return merged, merged_lse
 
 
@@ -47,24 +45,6 @@ def merge_bwd(
     _merge_bwd_kernel[grid](*inputs, *grads, *out.shape[1:3], **constants)
     dout, dlse, dother_out, dother_lse = grads
     return dout, dlse, dother_out, dother_lse
-
-
-class _Merge(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        other_out: torch.Tensor,
-        other_lse: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(out, lse, other_out, other_lse)
-        return merge_fwd(out, lse, other_out, other_lse)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dmerged: torch.Tensor, dlse: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return merge_bwd(dmerged, dlse, *ctx.saved_tensors)
 
 
 def _plan(kernel: str, out: torch.Tensor) -> tuple[tuple[int], dict[str, int]]:

@@ -7,6 +7,7 @@ o_t = scale q_t S_t
 
 import torch
 
+from ops.linear_attention import check_inputs
 from ops.registry import FLOATS, Implementation, choose
 
 IMPLEMENTATIONS = (
@@ -61,8 +62,9 @@ def delta_rule(
     Raises:
         ValueError: shapes do not fit or the pinned implementation cannot run.
     """
-    _check(q, k, v, beta, log_decay)
-    _check_documents(q, v, initial_state, cu_seqlens)
+    check_inputs(q, k, v, log_decay, initial_state, cu_seqlens)
+    if beta.shape != v.shape[:3]:
+        raise ValueError(f"beta {tuple(beta.shape)} must be {tuple(v.shape[:3])}")
     function = choose("delta_rule.delta_rule", IMPLEMENTATIONS, q, impl)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, state = function(q, k, v, beta, log_decay, scale, initial_state, cu_seqlens)
@@ -99,49 +101,3 @@ def delta_rule_step(
     grouped = q.float().view(B, k.shape[1], H // k.shape[1], D_k)
     out = grouped @ state * (D_k**-0.5 if scale is None else scale)
     return out.view(B, H, v.shape[-1]).to(q.dtype)
-
-
-def _check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    beta: torch.Tensor,
-    log_decay: torch.Tensor | None,
-) -> None:
-    B, T, H, D_k = q.shape
-    H_state = v.shape[2]
-    if T == 0:
-        raise ValueError(f"q {tuple(q.shape)} holds no token; T must be 1 at least")
-    if k.shape != (B, T, H_state, D_k) or v.shape[:2] != (B, T):
-        raise ValueError(
-            f"k {tuple(k.shape)} and v {tuple(v.shape)} must be [B, T, H_state, D] with the B, T "
-            f"and D_k of q {tuple(q.shape)}"
-        )
-    if H % H_state:
-        raise ValueError(f"{H_state} state heads must divide the {H} query heads")
-    if beta.shape != (B, T, H_state):
-        raise ValueError(f"beta {tuple(beta.shape)} must be {(B, T, H_state)}")
-    if log_decay is not None and log_decay.shape not in ((B, T, H_state), (B, T, H_state, D_k)):
-        raise ValueError(
-            f"log_decay {tuple(log_decay.shape)} must be {(B, T, H_state)} or "
-            f"{(B, T, H_state, D_k)}"
-        )
-
-
-def _check_documents(
-    q: torch.Tensor,
-    v: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-) -> None:
-    B, T, _, D_k = q.shape
-    num_states = B if cu_seqlens is None else len(cu_seqlens) - 1
-    if cu_seqlens is not None:
-        if B != 1:
-            raise ValueError(f"cu_seqlens needs packed input with B=1, not B={B}")
-        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        if (first, last) != (0, T):
-            raise ValueError(f"cu_seqlens runs from {first} to {last}; it must run from 0 to T={T}")
-    shape = (num_states, v.shape[2], D_k, v.shape[3])
-    if initial_state is not None and initial_state.shape != shape:
-        raise ValueError(f"initial_state {tuple(initial_state.shape)} must be {shape}")

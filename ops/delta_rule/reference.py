@@ -1,8 +1,8 @@
 """Definition of the gated delta rule: the recurrence, one token at a time."""
 
-import itertools
-
 import torch
+
+from ops.linear_attention.reference import list_documents
 
 
 def delta_rule(
@@ -16,13 +16,9 @@ def delta_rule(
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.delta_rule.delta_rule`; differentiable by autograd."""
-    if cu_seqlens is None:
-        rows = [(b, 0, q.shape[1]) for b in range(q.shape[0])]
-    else:
-        rows = [(0, start, stop) for start, stop in itertools.pairwise(cu_seqlens.tolist())]
     dtype = torch.promote_types(q.dtype, torch.float32)
     outs, finals = [], []
-    for n, (b, start, stop) in enumerate(rows):
+    for n, (b, start, stop) in enumerate(list_documents(q, cu_seqlens)):
         initial = None if initial_state is None else initial_state[n].to(dtype)
         decay = None if log_decay is None else log_decay[b, start:stop].to(dtype).exp()
         q_n, k_n, v_n, beta_n = (x[b, start:stop].to(dtype) for x in (q, k, v, beta))

@@ -67,7 +67,7 @@ def linear_attention(
     Raises:
         ValueError: shapes do not fit or the pinned implementation cannot run.
     """
-    _check(q, k, v, log_decay, initial_state, cu_seqlens)
+    check_inputs(q, k, v, log_decay, initial_state, cu_seqlens)
     function = choose("linear_attention.linear_attention", IMPLEMENTATIONS, q, impl)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, state = function(q, k, v, log_decay, scale, initial_state, cu_seqlens)
@@ -100,7 +100,7 @@ def linear_attention_step(
         ValueError: shapes do not fit or the pinned implementation cannot run.
     """
     decay = None if log_decay is None else log_decay.unsqueeze(1)
-    _check(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), decay, state, None)
+    check_inputs(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), decay, state, None)
     if state.dtype != torch.float32:
         raise ValueError(f"state is {state.dtype} and must be float32, which loses no token")
     function = choose("linear_attention.linear_attention_step", STEP_IMPLEMENTATIONS, q, impl)
@@ -109,7 +109,7 @@ def linear_attention_step(
     return out
 
 
-def _check(
+def check_inputs(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -117,6 +117,7 @@ def _check(
     initial_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
 ) -> None:
+    """Raise ValueError unless the inputs of a recurrent operator fit, see `linear_attention`."""
     B, T, H, D_k = q.shape
     H_state, D_v = v.shape[2:]
     if k.shape != (B, T, H_state, D_k) or v.shape[:2] != (B, T):

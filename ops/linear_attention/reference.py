@@ -15,14 +15,9 @@ def linear_attention(
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.linear_attention.linear_attention`; differentiable by autograd."""
-    if cu_seqlens is None:
-        rows = [(b, 0, q.shape[1]) for b in range(q.shape[0])]
-    else:
-        ends = cu_seqlens.tolist()
-        rows = [(0, start, stop) for start, stop in itertools.pairwise(ends)]
     dtype = torch.promote_types(q.dtype, torch.float32)
     outs, finals = [], []
-    for n, (b, start, stop) in enumerate(rows):
+    for n, (b, start, stop) in enumerate(list_documents(q, cu_seqlens)):
         initial = None if initial_state is None else initial_state[n].to(dtype)
         decay = None if log_decay is None else log_decay[b, start:stop].to(dtype).exp()
         q_n, k_n, v_n = (x[b, start:stop].to(dtype) for x in (q, k, v))
@@ -30,6 +25,13 @@ def linear_attention(
         outs.append(out * scale)
         finals.append(final)
     return torch.cat(outs).view(*q.shape[:3], v.shape[-1]).to(q.dtype), torch.stack(finals)
+
+
+def list_documents(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[tuple[int, int, int]]:
+    """Return (row, start, stop) of the documents of x [B, T, ...]; without bounds a row is one."""
+    if cu_seqlens is None:
+        return [(b, 0, x.shape[1]) for b in range(x.shape[0])]
+    return [(0, start, stop) for start, stop in itertools.pairwise(cu_seqlens.tolist())]
 
 
 def linear_attention_step(

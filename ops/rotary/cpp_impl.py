@@ -3,12 +3,11 @@
 The kernel takes heads of a multiple of 32 channels; everything else is left to `torch_impl`.
 """
 
-from typing import Any
-
 import torch
 
 from ops.cpp_build import load_kernel
 from ops.rotary import torch_impl
+from ops.rotary.autograd import Rotary
 
 HEAD_DIM_MULTIPLE = 32
 
@@ -17,16 +16,10 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """See `ops.rotary.rotary`."""
     if x.shape[3] % HEAD_DIM_MULTIPLE:
         return torch_impl.rotary(x, cos, sin)
-    out: torch.Tensor = _Rotary.apply(x, cos.float().contiguous(), sin.float().contiguous())
+    out: torch.Tensor = Rotary.apply(x, cos.float().contiguous(), sin.float().contiguous(), _turn)
     return out
 
 
-class _Rotary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x, cos, sin):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(cos, sin)
-        return load_kernel("rotary").turn(x.contiguous(), cos, sin, 1.0)
-
-    @staticmethod
-    def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
-        return load_kernel("rotary").turn(dout.contiguous(), *ctx.saved_tensors, -1.0), None, None
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: float) -> torch.Tensor:
+    turned: torch.Tensor = load_kernel("rotary").turn(x.contiguous(), cos, sin, direction)
+    return turned

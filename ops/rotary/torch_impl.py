@@ -1,35 +1,14 @@
 """Rotary embedding in few passes over memory; the backward pass turns the other way."""
 
-from typing import Any
-
 import torch
+
+from ops.rotary.autograd import Rotary
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """See `ops.rotary.rotary`."""
-    out: torch.Tensor = _Rotary.apply(x, cos, sin)
+    out: torch.Tensor = Rotary.apply(x, cos, sin, _turn)
     return out
-
-
-class _Rotary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x, cos, sin):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(cos, sin)
-        return rotary_fwd(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
-        return rotary_bwd(dout, *ctx.saved_tensors), None, None
-
-
-def rotary_fwd(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Return the rotated x."""
-    return _turn(x, cos, sin, 1.0)
-
-
-def rotary_bwd(dout: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of x."""
-    return _turn(dout, cos, sin, -1.0)
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: float) -> torch.Tensor:
