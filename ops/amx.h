@@ -8,7 +8,9 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <immintrin.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
@@ -264,6 +266,28 @@ void run_tasks(int64_t count, int64_t bytes, const Body& body) {
     const std::unique_ptr<Line[]> memory(new Line[bytes / sizeof(Line) + 1]);
     for (int64_t i = next++; i < count; i = next++) body(i, Arena(memory.get()));
   });
+}
+
+// An unwritten tensor. A large one is memory fresh from the system, and a fault for each page of
+// 4 KiB can cost more than the computation: it is asked for in huge pages, and before it is
+// written, by all threads. Systems that know no such advice ignore it.
+inline Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  constexpr int64_t LARGE = 4 << 20, PIECE = 2 << 20, PAGE = 1 << 12;
+  const Tensor x = at::empty(sizes, options);
+  const int64_t begin = (reinterpret_cast<int64_t>(x.data_ptr()) + PAGE - 1) / PAGE * PAGE;
+  const int64_t end = (reinterpret_cast<int64_t>(x.data_ptr()) + x.nbytes()) / PAGE * PAGE;
+  if (end - begin < LARGE) return x;
+#ifdef MADV_HUGEPAGE
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+#ifdef MADV_POPULATE_WRITE
+  const int64_t first_piece = begin / PIECE, last_piece = (end - 1) / PIECE;
+  at::parallel_for(first_piece, last_piece + 1, 8, [&](int64_t piece, int64_t stop) {
+    const int64_t from = std::max(begin, piece * PIECE), to = std::min(end, stop * PIECE);
+    madvise(reinterpret_cast<void*>(from), to - from, MADV_POPULATE_WRITE);
+  });
+#endif
+  return x;
 }
 
 }  // namespace

@@ -8,7 +8,6 @@
 // depend on the number of threads only through the cut of the sums over queries in dk and dv,
 // never on timing.
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -112,7 +111,7 @@ void transpose_square(bf16* target, const bf16* rows, int64_t stride, int64_t co
 // The squares of keys in x [B, T, H_kv, D], zero beyond T: [B x H_kv, padded / SIDE, SIDE, D], or
 // each transposed [D, SIDE].
 Tensor gather_heads(const Tensor& x, const Sizes& size, bool transposes) {
-  Tensor gathered = at::empty({size.B * size.H_kv, size.padded, size.D}, x.options());
+  Tensor gathered = allocate({size.B * size.H_kv, size.padded, size.D}, x.options());
   const Heads heads(x);
   bf16* squares = static_cast<bf16*>(gathered.data_ptr());
   const int64_t D = size.D, count = size.padded / SIDE;
@@ -234,8 +233,8 @@ std::tuple<Tensor, Tensor> attention_fwd(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bounds, int64_t window,
     double scale) {
   const Sizes size(q, k);
-  const Tensor out = at::empty({size.B, size.T, size.H, size.D}, q.options());
-  const Tensor lse = at::empty({size.B, size.H, size.T}, q.options().dtype(at::kFloat));
+  const Tensor out = allocate({size.B, size.T, size.H, size.D}, q.options());
+  const Tensor lse = allocate({size.B, size.H, size.T}, q.options().dtype(at::kFloat));
   const Tensor keys = gather_heads(k, size, false), values_t = gather_heads(v, size, true);
   const Pattern pattern{window};
   const std::vector<Block> blocks = pattern.cut(bounds);
@@ -430,9 +429,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& bounds, int64_t window,
     double scale) {
   const Sizes size(q, k);
-  const Tensor dq = at::empty({size.B, size.T, size.H, size.D}, q.options());
-  const Tensor dk = at::empty({size.B, size.T, size.H_kv, size.D}, q.options());
-  const Tensor dv = at::empty({size.B, size.T, size.H_kv, size.D}, q.options());
+  const Tensor dq = allocate({size.B, size.T, size.H, size.D}, q.options());
+  const Tensor dk = allocate({size.B, size.T, size.H_kv, size.D}, q.options());
+  const Tensor dv = allocate({size.B, size.T, size.H_kv, size.D}, q.options());
   const Tensor keys = gather_heads(k, size, false), keys_t = gather_heads(k, size, true);
   const Tensor values = gather_heads(v, size, false);
   const Pattern pattern{window};
@@ -443,7 +442,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
   const int64_t count = parts.size();
   int64_t rows = 0;
   for (const Part& part : parts) rows += part.last_key - part.first_key;
-  const Tensor sums = at::empty({2, heads, rows, size.D}, q.options().dtype(at::kFloat));
+  const Tensor sums = allocate({2, heads, rows, size.D}, q.options().dtype(at::kFloat));
   float* dk_sums = sums.data_ptr<float>();
   float* dv_sums = dk_sums + heads * rows * size.D;
   const Backward backward{

@@ -17,8 +17,6 @@
 // The forward pass keeps the state of every SEGMENT tokens; backward, the states in between are
 // made again. Results do not depend on the number of threads.
 
-#include <ATen/ops/empty.h>
-#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -139,23 +137,6 @@ int64_t measure(const Sizes& size) {
   Arena arena(nullptr);
   const Scratch scratch(arena, size);
   return (arena.end() - static_cast<Line*>(nullptr)) * sizeof(Line);
-}
-
-// An unwritten tensor. One so large is memory fresh from the system, which is asked for many pages
-// at a time: that takes half as long as a fault for each. (Linux before 5.14 knows no such call.)
-Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  const Tensor x = at::empty(sizes, options);
-#ifdef MADV_POPULATE_WRITE
-  constexpr int64_t LARGE = 32 << 20, PIECE = 1 << 20, PAGE = 1 << 12;
-  const int64_t begin = reinterpret_cast<int64_t>(x.data_ptr()) / PAGE * PAGE;
-  const int64_t end = reinterpret_cast<int64_t>(x.data_ptr()) + x.nbytes();
-  if (end - begin > LARGE)
-    run_tasks((end - begin + PIECE - 1) / PIECE, [&](int64_t i) {
-      const int64_t first = begin + i * PIECE;
-      madvise(reinterpret_cast<void*>(first), std::min(PIECE, end - first), MADV_POPULATE_WRITE);
-    });
-#endif
-  return x;
 }
 
 // A document, or a whole row. The state that enters a segment is kept, but for the first's.

@@ -4,8 +4,6 @@
 //   ds = r (w dy - s r^2 mean(s w dy)),   dw = sum over rows of s r dy.
 // The sums for dw are cut by rows alone, so that results do not depend on the number of threads.
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -47,7 +45,7 @@ std::tuple<Tensor, Tensor> rms_norm_fwd(
     const Tensor& x, Optional residual, Optional summed, const Tensor& weight, double eps) {
   const int64_t E = x.size(-1), rows = x.numel() / E;
   TORCH_CHECK(E % MULTIPLE == 0, "give rows of a multiple of 32 channels");
-  Tensor out = at::empty_like(x), rstd = at::empty({rows}, weight.options());
+  Tensor out = allocate(x.sizes(), x.options()), rstd = allocate({rows}, weight.options());
   const bf16 *p_x = read(x), *p_residual = read(residual);
   bf16 *p_out = write(out), *p_summed = summed ? write(*summed) : nullptr;
   const float* w = weight.const_data_ptr<float>();
@@ -101,7 +99,8 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(
     const Tensor& rstd) {
   const int64_t E = summed.size(-1), rows = rstd.numel();
   const int64_t parts = std::clamp<int64_t>(rows / ROWS, 1, MAX_PARTS);
-  Tensor dx = at::empty_like(summed), partial = at::zeros({parts, E}, weight.options());
+  Tensor dx = allocate(summed.sizes(), summed.options());
+  Tensor partial = at::zeros({parts, E}, weight.options());
   const bf16 *p_dout = read(dout), *p_dsummed = read(dsummed), *p_summed = read(summed);
   const float *w = weight.const_data_ptr<float>(), *p_rstd = rstd.const_data_ptr<float>();
   bf16* p_dx = write(dx);

@@ -1,6 +1,5 @@
 // Rotary embedding of bfloat16 heads on CPUs with AVX512-BF16: one pass over memory.
 
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "amx.h"
@@ -13,7 +12,7 @@ constexpr int64_t LANES = 16, TASK = 4096;  // elements
 Tensor turn(const Tensor& x, const Tensor& cos, const Tensor& sin, double direction) {
   const int64_t T = x.size(1), H = x.size(2), D = x.size(3), half = D / 2;
   TORCH_CHECK(half % LANES == 0, "give heads of a multiple of 32 channels");
-  Tensor out = at::empty_like(x);
+  Tensor out = allocate(x.sizes(), x.options());
   const auto* p_x = static_cast<const bf16*>(x.const_data_ptr());
   auto* p_out = static_cast<bf16*>(out.data_ptr());
   const float *p_cos = cos.const_data_ptr<float>(), *p_sin = sin.const_data_ptr<float>();

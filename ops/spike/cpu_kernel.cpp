@@ -1,10 +1,7 @@
 // Spike counts of bfloat16 and float32 tensors and their histogram on CPUs with AVX-512. A row is
 // read from memory once, for its threshold, and a second time from the cache, for its counts.
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
-#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <mutex>
@@ -17,7 +14,6 @@ namespace {
 constexpr int64_t WIDTH = 16;     // floats of a vector
 constexpr int64_t GRAIN = 32768;  // elements that are worth a thread
 constexpr int64_t TABLES = 4;     // of a thread, since equal counts come in a row
-constexpr uintptr_t PAGE = 4096, HUGE_PAGE = 1 << 21;
 
 // ---------------------------------------------------------------- vectors
 
@@ -103,18 +99,6 @@ struct Rows {
   }
 };
 
-// Memory for a result like x. Fresh memory costs more than the division does, one page fault per
-// 4 KiB, where it does not come in huge pages; a system that has none ignores the advice.
-Tensor make_result(const Tensor& x) {
-  const Tensor result = at::empty_like(x);
-  if (result.nbytes() >= 2 * HUGE_PAGE) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(result.data_ptr());
-    const uintptr_t first = (begin + PAGE - 1) & ~(PAGE - 1);
-    madvise(reinterpret_cast<void*>(first), begin + result.nbytes() - first, MADV_HUGEPAGE);
-  }
-  return result;
-}
-
 template <typename Body>
 auto with_element_type(const Tensor& x, const Body& body) {
   return x.scalar_type() == at::kFloat ? body(float()) : body(bf16());
@@ -122,10 +106,10 @@ auto with_element_type(const Tensor& x, const Body& body) {
 
 std::tuple<Tensor, Tensor> count_fwd(const Tensor& x, double k, double least, double most) {
   const Rows rows(x);
-  const Tensor count = make_result(x);
+  const Tensor count = allocate(x.sizes(), x.options());
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = 1;
-  const Tensor threshold = at::empty(shape, x.options().dtype(at::kFloat));
+  const Tensor threshold = allocate(shape, x.options().dtype(at::kFloat));
   float* thresholds = threshold.data_ptr<float>();
   with_element_type(x, [&](auto element) {
     using T = decltype(element);
@@ -150,7 +134,7 @@ std::tuple<Tensor, Tensor> count_fwd(const Tensor& x, double k, double least, do
 
 Tensor count_bwd(const Tensor& dcount, const Tensor& threshold) {
   const Rows rows(dcount);
-  const Tensor dx = make_result(dcount);
+  const Tensor dx = allocate(dcount.sizes(), dcount.options());
   const float* thresholds = threshold.const_data_ptr<float>();
   with_element_type(dcount, [&](auto element) {
     using T = decltype(element);

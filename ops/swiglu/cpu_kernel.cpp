@@ -2,7 +2,6 @@
 //
 // With s = sigmoid(g):   out = g s u,   dg = dy u s (1 + g (1 - s)),   du = dy g s.
 
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -31,7 +30,7 @@ void for_vectors(const Tensor& x, const Body& body) {
 }
 
 Tensor swiglu_fwd(const Tensor& gate, const Tensor& up) {
-  Tensor out = at::empty_like(gate);
+  Tensor out = allocate(gate.sizes(), gate.options());
   const bf16 *g = data_of(gate), *u = data_of(up);
   bf16* o = static_cast<bf16*>(out.data_ptr());
   for_vectors(gate, [&](int64_t i) {
@@ -42,7 +41,7 @@ Tensor swiglu_fwd(const Tensor& gate, const Tensor& up) {
 }
 
 std::tuple<Tensor, Tensor> swiglu_bwd(const Tensor& dout, const Tensor& gate, const Tensor& up) {
-  Tensor dgate = at::empty_like(gate), dup = at::empty_like(up);
+  Tensor dgate = allocate(gate.sizes(), gate.options()), dup = allocate(up.sizes(), up.options());
   const bf16 *d = data_of(dout), *g = data_of(gate), *u = data_of(up);
   auto *dg = static_cast<bf16*>(dgate.data_ptr()), *du = static_cast<bf16*>(dup.data_ptr());
   for_vectors(gate, [&](int64_t i) {

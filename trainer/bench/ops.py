@@ -175,13 +175,18 @@ def _bench_cross_entropy(bench: OpBench) -> Iterator[Row]:
 def _bench_spike(bench: OpBench) -> Iterator[Row]:
     x, dcount = bench.draw(8192, 3584), bench.draw(8192, 3584, grad=False)
     ours = _step(lambda x: spike_count(x)[0], [x], dcount)
-    copied = x.detach()
+    source, target = x.detach(), torch.empty_like(x)
 
-    def three_copies() -> None:
+    def copy_into_old_memory() -> None:
         for _ in range(3):
-            copied.clone()
+            target.copy_(source)
 
-    yield bench.compare("spike_count 8192x3584", ours, three_copies, "3 copies")
+    def copy_into_new_memory() -> None:
+        for _ in range(3):
+            source.clone()
+
+    yield bench.compare("spike_count 8192x3584", ours, copy_into_new_memory, "3 x clone")
+    yield bench.compare("spike_count 8192x3584", ours, copy_into_old_memory, "3 x copy_")
     count = torch.randint(-8, 9, (2048, 3584), device=bench.device, dtype=torch.int8)
     weight = torch.randint(-127, 128, (3584, 3584), device=bench.device, dtype=torch.int8)
     wide_count, wide_weight = count.to(bench.dtype), weight.to(bench.dtype)
