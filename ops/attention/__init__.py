@@ -6,6 +6,7 @@ returns the log-sum-exp beside the output, so that partial results over keys can
 
 import torch
 
+from ops.attention.settings import Settings
 from ops.registry import FLOATS, Implementation, choose
 
 IMPLEMENTATIONS = (
@@ -76,16 +77,9 @@ def attention(
     if q.numel() == 0 or k.numel() == 0:
         impl = "reference"  # kernels expect something to do
     function = choose("attention.attention", IMPLEMENTATIONS, q, impl)
-    out, lse = function(
-        q,
-        k,
-        v,
-        causal=causal,
-        window_size=window_size,
-        num_sinks=num_sinks,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        cu_seqlens=cu_seqlens,
-    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    out, lse = function(q, k, v, Settings(causal, window_size, num_sinks, scale, documents))
     return out, lse
 
 

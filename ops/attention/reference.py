@@ -5,24 +5,18 @@ Equations 1 and 2 of arXiv:2509.05276, with sinks, grouped heads and packed docu
 
 import torch
 
+from ops.attention.settings import Settings
+
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool,
-    window_size: int | None,
-    num_sinks: int,
-    scale: float,
-    cu_seqlens: torch.Tensor | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `ops.attention.attention` by its definition; memory grows with T squared."""
     group = q.shape[2] // k.shape[2]
-    visible = _visible_keys(q, k, causal, window_size, num_sinks, cu_seqlens)
+    visible = _visible_keys(q, k, settings)
     keys = k.double().repeat_interleave(group, dim=2)
     values = v.double().repeat_interleave(group, dim=2)
-    scores = scale * torch.einsum("bthd,bshd->bhts", q.double(), keys)
+    scores = settings.scale * torch.einsum("bthd,bshd->bhts", q.double(), keys)
     scores = scores.masked_fill(~visible, float("-inf"))
     lse = scores.logsumexp(dim=-1)
     out = torch.einsum("bhts,bshd->bthd", (scores - lse[..., None]).exp(), values)
@@ -42,24 +36,18 @@ def merge(
     return merged.to(out.dtype), torch.where(is_empty, lse.double(), total).to(lse.dtype)
 
 
-def _visible_keys(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    causal: bool,
-    window_size: int | None,
-    num_sinks: int,
-    cu_seqlens: torch.Tensor | None,
-) -> torch.Tensor:
+def _visible_keys(q: torch.Tensor, k: torch.Tensor, settings: Settings) -> torch.Tensor:
     """Return [T, T_k], true where the query of the row sees the key of the column."""
     t = torch.arange(q.shape[1], device=q.device)[:, None]
     s = torch.arange(k.shape[1], device=q.device)
     visible = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
-    if causal:
+    if settings.causal:
         visible = s <= t
-    if window_size is not None:
-        visible = visible & (s > t - window_size)
-    if cu_seqlens is None:
-        return visible | (s < num_sinks)
-    document = torch.bucketize(s, cu_seqlens[1:-1], right=True)
-    is_sink = s - cu_seqlens[document] < num_sinks
+    if settings.window_size is not None:
+        visible = visible & (s > t - settings.window_size)
+    if settings.documents is None:
+        return visible | (s < settings.num_sinks)
+    bounds = torch.tensor(settings.documents, device=q.device)
+    document = torch.bucketize(s, bounds[1:-1], right=True)
+    is_sink = s - bounds[document] < settings.num_sinks
     return (visible | is_sink) & (document[:, None] == document)

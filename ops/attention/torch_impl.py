@@ -21,19 +21,9 @@ from ops.attention.torch_merge import merge_fwd
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool,
-    window_size: int | None,
-    num_sinks: int,
-    scale: float,
-    cu_seqlens: torch.Tensor | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `ops.attention.attention`; cost grows with T x window_size, memory with T."""
-    documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    settings = Settings(causal, window_size, num_sinks, scale, documents)
     out, lse = Attention.apply(q, k, v, settings, attention_fwd, attention_bwd)
     return out, lse
 

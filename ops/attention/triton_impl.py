@@ -16,15 +16,7 @@ MAX_HEAD_DIM = 256
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool,
-    window_size: int | None,
-    num_sinks: int,
-    scale: float,
-    cu_seqlens: torch.Tensor | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `ops.attention.attention`.
 
@@ -36,8 +28,6 @@ def attention(
             f"q has heads of {q.shape[-1]} values, triton takes at most {MAX_HEAD_DIM}; "
             "use ops.attention=torch"
         )
-    documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    settings = Settings(causal, window_size, num_sinks, scale, documents)
     out, lse = Attention.apply(q, k, v, settings, attention_fwd, attention_bwd)
     return out, lse
 
