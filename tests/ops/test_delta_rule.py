@@ -1,12 +1,14 @@
 """Delta rule: the recurrence against one linear system, the implementations against it."""
 
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import recurrent
 from helpers.assertions import assert_close
+from helpers.recurrent import Inputs, assert_all_close, make_decay, make_inputs, to_double
 
 from ops.delta_rule import delta_rule, delta_rule_step
 
@@ -16,31 +18,11 @@ DECAYS = (None, "scalar", "vector")
 NAMES = ("q", "k", "v", "beta", "log_decay", "initial_state")
 
 
-class Case(NamedTuple):
-    """One row: documents packed in a row, or the rows of a batch of equally long ones."""
-
-    lengths: tuple[int, ...]
-    H: int = 2
-    H_state: int = 2
-    D: int = 32
-    D_v: int | None = None
-    decay: str | None = "vector"
-    initial_state: bool = False
-    packed: bool = True
-    max_beta: float = 1.0
-
-    def __str__(self) -> str:
-        lengths = "+".join(map(str, self.lengths)) if self.packed else f"{len(self.lengths)}x"
-        shape = f"T{lengths}-H{self.H}/{self.H_state}-D{self.D}"
-        value = f"-Dv{self.D_v}" if self.D_v else ""
-        beta = f"-beta{self.max_beta:g}" if self.max_beta != 1 else ""
-        return f"{shape}{value}-{self.decay}{beta}{'-state' if self.initial_state else ''}"
-
-
+Case = partial(recurrent.Case, max_beta=1.0)
 CASES = [
     *[Case((T,), H=1, H_state=1, decay=decay) for T in (1, 63, 64, 65) for decay in DECAYS],
     *[Case((65,), decay=f"{size}-{cut}") for size in DECAYS[1:] for cut in ("50", "inf", "start")],
-    *[Case((70,), decay=f"{size}-strong", initial_state=True) for size in DECAYS[1:]],
+    *[Case((70,), decay=f"{size}-stronger", initial_state=True) for size in DECAYS[1:]],
     *[Case((70,), decay=decay, max_beta=2.0, initial_state=True) for decay in DECAYS],
     Case((65, 65), packed=False, initial_state=True),
     Case((1, 70, 1, 28), H=1, H_state=1, initial_state=True),
@@ -49,7 +31,7 @@ CASES = [
     Case((3, 70), H=6, H_state=2, decay="scalar-inf", initial_state=True),
     Case((66,), H=3, H_state=3, D=64),
     Case((70, 2), H=7, H_state=1, decay="scalar", initial_state=True),
-    Case((65,), H=7, H_state=1, decay="vector-strong"),
+    Case((65,), H=7, H_state=1, decay="vector-stronger"),
     Case((66,), H=6, H_state=2, D=32, D_v=64, decay=None),
     Case((65, 1), H=3, H_state=1, D=64, D_v=32, initial_state=True),
     Case((70,), H=1, H_state=1, D=128),
@@ -59,8 +41,8 @@ TRITON_CASES = [  # the interpreter is slow; chunks are of 32 tokens in float32,
     Case((63,), H=1, H_state=1, decay="scalar"),
     Case((64,), H=1, H_state=1, max_beta=2.0, initial_state=True),
     Case((65,), H=1, H_state=1, decay=None, max_beta=2.0),
-    Case((34, 34), H=1, H_state=1, packed=False, decay="scalar-strong", initial_state=True),
-    Case((1, 40, 1), H=1, H_state=1, decay="vector-strong", initial_state=True),
+    Case((34, 34), H=1, H_state=1, packed=False, decay="scalar-stronger", initial_state=True),
+    Case((1, 40, 1), H=1, H_state=1, decay="vector-stronger", initial_state=True),
     Case((3, 40), H=1, H_state=1, decay="scalar-inf", initial_state=True),
     Case((34,), H=1, H_state=1, decay="vector-50"),
     Case((34,), H=1, H_state=1, decay="vector-inf"),
@@ -76,54 +58,6 @@ TRITON_ROWS = [
     *[(TRITON_CASES[i], torch.bfloat16) for i in (3, 5)],
 ]
 LONG = [Case((1000,), H=1, H_state=1, decay=decay, initial_state=True) for decay in DECAYS]
-
-
-class Inputs(NamedTuple):
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    beta: torch.Tensor
-    log_decay: torch.Tensor | None
-    initial_state: torch.Tensor | None
-    cu_seqlens: torch.Tensor | None
-
-
-def make_inputs(case: Case, dtype: torch.dtype = torch.float64, *, strided: bool = False) -> Inputs:
-    """Draw the inputs of a case, rounded to `dtype`; decay and state stay in the state's dtype."""
-    B, T = (1, sum(case.lengths)) if case.packed else (len(case.lengths), case.lengths[0])
-    wide = torch.promote_types(dtype, torch.float32)
-
-    def draw(*shape: int) -> torch.Tensor:
-        if strided:  # heads and tokens swapped in memory, channels a slice of twice as many
-            *outer, T, H, D = shape
-            return torch.randn(*outer, H, T, 2 * D).transpose(-2, -3)[..., ::2]
-        return torch.randn(shape)
-
-    q = draw(B, T, case.H, case.D).to(dtype)
-    k = draw(B, T, case.H_state, case.D)
-    k = (k / k.norm(dim=-1, keepdim=True)).to(dtype)
-    v = draw(B, T, case.H_state, case.D_v or case.D).to(dtype)
-    beta = (torch.rand(B, case.H_state, T).transpose(1, 2) * case.max_beta).to(dtype)
-    state = None
-    if case.initial_state:
-        state = torch.randn(len(case.lengths), case.H_state, case.D, v.shape[-1], dtype=wide)
-    cu_seqlens = None
-    if case.packed:
-        cu_seqlens = torch.tensor([0, *case.lengths], dtype=torch.int32).cumsum(0).int()
-    decay = None if case.decay is None else make_decay(case, B, T).to(wide)
-    return Inputs(q, k, v, beta, decay, state, cu_seqlens)
-
-
-def make_decay(case: Case, B: int, T: int) -> torch.Tensor:
-    """Draw decay of -0.2 to 0 a token (strong: -20 to 0), cut at one token by -50 or -inf."""
-    size, _, extreme = str(case.decay).partition("-")
-    shape = (B, T, case.H_state) if size == "scalar" else (B, T, case.H_state, case.D)
-    decay = torch.rand(shape) * (-20 if extreme == "strong" else -0.2)
-    if extreme in ("50", "inf"):
-        decay[:, T // 2] = -float(extreme)
-    if extreme == "start":
-        decay[:, 0] = -torch.inf
-    return decay
 
 
 def solve_documents(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,9 +94,13 @@ def solve_documents(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(outs).view(B, T, H, -1) * D**-0.5, torch.stack(finals)
 
 
+def tensors_of(x: Inputs) -> tuple[torch.Tensor | None, ...]:
+    return x.q, x.k, x.v, x.beta, x.log_decay
+
+
 def run(x: Inputs, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
     out, final = delta_rule(
-        *x[:5],
+        *tensors_of(x),
         initial_state=x.initial_state,
         output_final_state=True,
         cu_seqlens=x.cu_seqlens,
@@ -173,34 +111,13 @@ def run(x: Inputs, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def outputs_and_gradients(x: Inputs, impl: str | None) -> dict[str, torch.Tensor]:
-    """Return out, final_state and the gradients of a random function of both."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in x[:6]]
-    y = Inputs._make([*leaves, x.cu_seqlens])
-    out, final = solve_documents(y) if impl is None else run(y, impl)
-    generator = torch.Generator().manual_seed(5)
-    dout = torch.randn(out.shape, generator=generator).to(x.q.dtype)
-    dfinal = torch.randn(final.shape, generator=generator)
-    loss = (out.double() * dout.double()).sum() + (final.double() * dfinal.double()).sum()
-    named = {n: t for n, t in zip(NAMES, leaves, strict=True) if t is not None}
-    gradients = torch.autograd.grad(loss, list(named.values()))
-    results = {f"d{name}": g for name, g in zip(named, gradients, strict=True)}
-    return {"out": out.detach(), "final_state": final.detach()} | results
-
-
-def to_double(x: Inputs) -> Inputs:
-    return Inputs._make([*(None if t is None else t.double() for t in x[:6]), x.cu_seqlens])
-
-
-def assert_all_close(
-    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], dtype: torch.dtype
-) -> None:
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        assert_close(name, actual[name], expected[name], dtype)
+    return recurrent.outputs_and_gradients(
+        x, lambda y: run(y, impl) if impl else solve_documents(y)
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_reference_equals_the_linear_system(case: Case) -> None:
+def test_reference_equals_the_linear_system(case: recurrent.Case) -> None:
     x = make_inputs(case)
     assert_all_close(
         outputs_and_gradients(x, "reference"), outputs_and_gradients(x, None), torch.float64
@@ -208,7 +125,7 @@ def test_reference_equals_the_linear_system(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [*CASES, *LONG], ids=str)
-def test_torch_equals_the_reference(case: Case) -> None:
+def test_torch_equals_the_reference(case: recurrent.Case) -> None:
     for dtype in DTYPES:
         x = make_inputs(case, dtype)
         actual = outputs_and_gradients(x, "torch")
@@ -220,7 +137,7 @@ def test_torch_equals_the_reference(case: Case) -> None:
 @pytest.mark.parametrize(
     ("case", "dtype"), TRITON_ROWS, ids=lambda x: str(x).removeprefix("torch.")
 )
-def test_triton_equals_the_reference(case: Case, dtype: torch.dtype) -> None:
+def test_triton_equals_the_reference(case: recurrent.Case, dtype: torch.dtype) -> None:
     x = make_inputs(case, dtype)
     actual = outputs_and_gradients(x, "triton")
     assert actual["out"].dtype == actual["dq"].dtype == actual["dbeta"].dtype == dtype
@@ -254,8 +171,8 @@ def test_inputs_need_not_be_contiguous(impl: str) -> None:
     x = make_inputs(case, torch.float32, strided=True)
     x = x._replace(k=F.normalize(x.k.transpose(1, 2), dim=-1).transpose(1, 2))
     x = x._replace(log_decay=make_decay(case, 1, 18)[..., :1].expand_as(x.k))
-    assert not any(t.is_contiguous() for t in x[:5] if t is not None)
-    dense = Inputs._make(None if t is None else t.contiguous() for t in x)
+    assert not any(t.is_contiguous() for t in tensors_of(x) if t is not None)
+    dense = Inputs(*(None if t is None else t.contiguous() for t in x))
     strided, expected = outputs_and_gradients(x, impl), outputs_and_gradients(dense, impl)
     assert_all_close(strided, expected, torch.float32)
 
@@ -263,9 +180,9 @@ def test_inputs_need_not_be_contiguous(impl: str) -> None:
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 def test_state_is_returned_on_request_and_scale_multiplies_the_output(impl: str) -> None:
     x = make_inputs(Case((20,), H=1, H_state=1), torch.float32)
-    out, none = delta_rule(*x[:5], impl=impl)
+    out, none = delta_rule(*tensors_of(x), impl=impl)
     assert none is None
-    scaled, _ = delta_rule(*x[:5], scale=3 * 32**-0.5, impl=impl)
+    scaled, _ = delta_rule(*tensors_of(x), scale=3 * 32**-0.5, impl=impl)
     assert_close("scaled", scaled, 3 * out, torch.float32)
 
 
@@ -281,8 +198,9 @@ def test_two_halves_chained_by_the_state_equal_the_whole(impl: str, decay: str |
     state = x.initial_state
     assert state is not None
     for part in (slice(0, 33), slice(33, 40)):
-        tensors = [None if t is None else t[:, part] for t in x[:5]]
-        half, state = run(Inputs._make([*tensors, state, None]), impl)
+        tensors = [None if t is None else t[:, part] for t in tensors_of(x)]
+        q, k, v, beta, log_decay = tensors
+        half, state = run(Inputs(q, k, v, log_decay, state, None, beta), impl)
         halves.append(half)
     assert_close("out", torch.cat(halves, 1), out, torch.float32)
     assert_close("final_state", state, final, torch.float32)

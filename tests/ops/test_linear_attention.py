@@ -1,11 +1,13 @@
 """Linear attention: the recurrence against a masked product, the implementations against it."""
 
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
 
 import pytest
 import torch
+from helpers import recurrent
 from helpers.assertions import assert_close
+from helpers.recurrent import Case, Inputs, assert_all_close, make_decay, make_inputs, to_double
 
 from ops.linear_attention import linear_attention, linear_attention_step
 from ops.linear_attention.torch_impl import _chunk_size
@@ -17,25 +19,6 @@ DTYPES = {
 }
 DECAYS = (None, "scalar", "vector")
 NAMES = ("q", "k", "v", "log_decay", "initial_state")
-
-
-class Case(NamedTuple):
-    """One row: documents packed in a row, or the rows of a batch of equally long ones."""
-
-    lengths: tuple[int, ...]
-    H: int = 2
-    H_state: int = 2
-    D: int = 32
-    D_v: int | None = None
-    decay: str | None = "vector"
-    initial_state: bool = False
-    packed: bool = True
-
-    def __str__(self) -> str:
-        lengths = "+".join(map(str, self.lengths)) if self.packed else f"{len(self.lengths)}x"
-        shape = f"T{lengths}-H{self.H}/{self.H_state}-D{self.D}"
-        value = f"-Dv{self.D_v}" if self.D_v else ""
-        return f"{shape}{value}-{self.decay}{'-state' if self.initial_state else ''}"
 
 
 CASES = [
@@ -101,49 +84,6 @@ ROWS = [
 ]
 
 
-class Inputs(NamedTuple):
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    log_decay: torch.Tensor | None
-    initial_state: torch.Tensor | None
-    cu_seqlens: torch.Tensor | None
-
-
-def make_inputs(case: Case, dtype: torch.dtype = torch.float64, *, strided: bool = False) -> Inputs:
-    """Draw the inputs of a case, rounded to `dtype`; decay and state stay in the state's dtype."""
-    B, T = (1, sum(case.lengths)) if case.packed else (len(case.lengths), case.lengths[0])
-    wide = torch.promote_types(dtype, torch.float32)
-
-    def draw(*shape: int) -> torch.Tensor:
-        if strided:  # heads and tokens swapped in memory, channels a slice of twice as many
-            *outer, T, H, D = shape
-            return torch.randn(*outer, H, T, 2 * D).transpose(-2, -3)[..., ::2].to(dtype)
-        return torch.randn(shape).to(dtype)
-
-    q = draw(B, T, case.H, case.D)
-    k = draw(B, T, case.H_state, case.D) * case.D**-0.5
-    v = draw(B, T, case.H_state, case.D_v or case.D)
-    state = None
-    if case.initial_state:
-        state = torch.randn(len(case.lengths), case.H_state, case.D, v.shape[-1], dtype=wide)
-    cu_seqlens = None
-    if case.packed:
-        cu_seqlens = torch.tensor([0, *case.lengths], dtype=torch.int32).cumsum(0).int()
-    decay = None if case.decay is None else make_decay(case, B, T).to(wide)
-    return Inputs(q, k, v, decay, state, cu_seqlens)
-
-
-def make_decay(case: Case, B: int, T: int) -> torch.Tensor:
-    """Draw decay of -0.2 to 0 a token (strong: -10 to 0), cut in mid-sequence by -50 or -inf."""
-    size, _, extreme = str(case.decay).partition("-")
-    shape = (B, T, case.H_state) if size == "scalar" else (B, T, case.H_state, case.D)
-    decay = torch.rand(shape) * (-10 if extreme == "strong" else -0.2)
-    if extreme in ("50", "inf"):
-        decay[:, T // 2] = -float(extreme)
-    return decay
-
-
 def masked_product(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out and final states from the T x T table of decays, without a recurrence."""
     B, T, H, D = x.q.shape
@@ -178,7 +118,7 @@ def masked_product(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 def run(x: Inputs, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Run on the CPU, in Triton's interpreter if need be; Triton on a GPU where there is one."""
     device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
-    x = Inputs._make(None if t is None else t.to(device) for t in x)
+    x = Inputs(*(None if t is None else t.to(device) for t in x))
     out, final = linear_attention(
         x.q,
         x.k,
@@ -194,30 +134,8 @@ def run(x: Inputs, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def outputs_and_gradients(x: Inputs, impl: str | None) -> dict[str, torch.Tensor]:
-    """Return out, final_state and the gradients of a random function of both."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in x[:5]]
-    y = Inputs._make([*leaves, x.cu_seqlens])
-    out, final = masked_product(y) if impl is None else run(y, impl)
-    generator = torch.Generator().manual_seed(5)
-    dout = torch.randn(out.shape, generator=generator).to(x.q.dtype)
-    dfinal = torch.randn(final.shape, generator=generator)
-    loss = (out.double() * dout.double()).sum() + (final.double() * dfinal.double()).sum()
-    named = {n: t for n, t in zip(NAMES, leaves, strict=True) if t is not None}
-    gradients = torch.autograd.grad(loss, list(named.values()))
-    results = {f"d{name}": g for name, g in zip(named, gradients, strict=True)}
-    return {"out": out.detach(), "final_state": final.detach()} | results
-
-
-def to_double(x: Inputs) -> Inputs:
-    return Inputs._make([*(None if t is None else t.double() for t in x[:5]), x.cu_seqlens])
-
-
-def assert_all_close(
-    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], dtype: torch.dtype
-) -> None:
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        assert_close(name, actual[name], expected[name], dtype)
+    compute = partial(run, impl=impl) if impl else masked_product
+    return recurrent.outputs_and_gradients(x, compute)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
@@ -245,7 +163,7 @@ def test_either_output_may_be_used_alone(used: str, decay: str | None, impl: str
     results = []
     for y, name in ((x, impl), (to_double(x), "reference")):
         leaves = [None if t is None else t.clone().requires_grad_() for t in y[:5]]
-        out, final = run(Inputs._make([*leaves, x.cu_seqlens]), name)
+        out, final = run(Inputs(*leaves, x.cu_seqlens), name)
         output = out if used == "out" else final
         named = {n: t for n, t in zip(NAMES, leaves, strict=True) if t is not None}
         weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype)
@@ -267,7 +185,7 @@ def test_keys_may_be_what_the_decay_leaves(impl: str) -> None:
         leaf = gate.to(wide).requires_grad_()
         log_decay = torch.nn.functional.logsigmoid(leaf)
         inputs = [x.q.to(wide), 1 - log_decay.exp(), x.v.to(wide), log_decay, None, x.cu_seqlens]
-        out, final = function(Inputs._make(inputs))
+        out, final = function(Inputs(*inputs))
         (dgate,) = torch.autograd.grad(out.square().sum() + final.square().sum(), leaf)
         results.append({"out": out.detach(), "final_state": final.detach(), "dgate": dgate})
     assert_all_close(*results, dtype)
@@ -289,7 +207,7 @@ def test_inputs_need_not_be_contiguous(impl: str) -> None:
     x = make_inputs(case, torch.float32, strided=True)
     x = x._replace(log_decay=make_decay(case, 1, 70)[..., :1].expand_as(x.k))
     assert not any(t.is_contiguous() for t in x[:4] if t is not None)
-    dense = Inputs._make(None if t is None else t.contiguous() for t in x)
+    dense = Inputs(*(None if t is None else t.contiguous() for t in x))
     strided, expected = outputs_and_gradients(x, impl), outputs_and_gradients(dense, impl)
     assert_all_close(strided, expected, torch.float32)
 
@@ -298,7 +216,7 @@ def test_inputs_need_not_be_contiguous(impl: str) -> None:
 def test_state_is_returned_on_request_and_scale_multiplies_the_output(impl: str) -> None:
     x = make_inputs(Case((70,)), torch.float32)
     if impl == "triton" and torch.cuda.is_available():
-        x = Inputs._make(None if t is None else t.cuda() for t in x)
+        x = Inputs(*(None if t is None else t.cuda() for t in x))
     out, none = linear_attention(x.q, x.k, x.v, x.log_decay, impl=impl)
     assert none is None
     scaled, _ = linear_attention(x.q, x.k, x.v, x.log_decay, scale=3 * 32**-0.5, impl=impl)
@@ -318,7 +236,7 @@ def test_two_halves_chained_by_the_state_equal_the_whole(decay: str | None, impl
     assert state is not None
     for part in (slice(0, 37), slice(37, 100)):
         tensors = [None if t is None else t[:, part] for t in x[:4]]
-        half, state = run(Inputs._make([*tensors, state, None]), impl)
+        half, state = run(Inputs(*tensors, state, None), impl)
         halves.append(half)
     assert_close("out", torch.cat(halves, 1), out, dtype)
     assert_close("final_state", state, final, dtype)
@@ -344,9 +262,9 @@ def test_step_by_step_equals_the_parallel_form(decay: str | None, H: int, H_stat
 @pytest.mark.parametrize(("H", "H_state"), [(2, 2), (7, 1)])
 @pytest.mark.parametrize("decay", [None, "scalar", "vector", "vector-inf"])
 def test_step_equals_the_reference(decay: str | None, H: int, H_state: int, impl: str) -> None:
-    case = Case((3, 3), H=H, H_state=H_state, D=24, D_v=40, decay=decay, packed=False)
+    case = Case((3, 3), H, H_state, 24, 40, decay, initial_state=True, packed=False)
     for dtype in (torch.float32, torch.bfloat16):
-        x = make_inputs(case._replace(initial_state=True), dtype, strided=True)
+        x = make_inputs(case, dtype, strided=True)
         assert x.initial_state is not None
         expected_state = x.initial_state.clone()
         # Decoding may be handed a view of a larger cache, which must be written through.
