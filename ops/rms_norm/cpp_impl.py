@@ -3,12 +3,11 @@
 The kernel takes rows of a multiple of 32 channels; everything else is left to `torch_impl`.
 """
 
-from typing import Any
-
 import torch
 
 from ops.cpp_build import load_kernel
 from ops.rms_norm import torch_impl
+from ops.rms_norm.autograd import apply_rms_norm
 
 SIZE_MULTIPLE = 32
 
@@ -19,50 +18,31 @@ def rms_norm(
     """See `ops.rms_norm.rms_norm`."""
     if x.shape[-1] % SIZE_MULTIPLE:
         return torch_impl.rms_norm(x, weight, eps, residual)
-    if residual is None:
-        out: torch.Tensor = _RMSNorm.apply(x, weight, eps)
-        return out, None
-    out, summed = _AddRMSNorm.apply(x, residual, weight, eps)
-    return out, summed
+    return apply_rms_norm(x, weight, eps, residual, rms_norm_fwd, rms_norm_bwd)
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x, weight, eps):  # type: ignore[no-untyped-def]
-        x = x.contiguous()
-        out, rstd = load_kernel("rms_norm").fwd(x, None, None, _widen(weight), eps)
-        ctx.save_for_backward(x, weight, rstd)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
-        return *_backward(dout, None, *ctx.saved_tensors), None
+def rms_norm_fwd(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the normalised tensor, what was normalised, and 1 / rms of its rows."""
+    x = x.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    summed = None if residual is None else torch.empty_like(x)
+    out, rstd = load_kernel("rms_norm").fwd(x, residual, summed, _widen(weight), eps)
+    return out, x if summed is None else summed, rstd
 
 
-class _AddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x, residual, weight, eps):  # type: ignore[no-untyped-def]
-        x, residual = x.contiguous(), residual.contiguous()
-        summed = torch.empty_like(x)
-        out, rstd = load_kernel("rms_norm").fwd(x, residual, summed, _widen(weight), eps)
-        ctx.save_for_backward(summed, weight, rstd)
-        return out, summed
-
-    @staticmethod
-    def backward(ctx: Any, dout, dsummed):  # type: ignore[no-untyped-def]
-        dx, dweight = _backward(dout, dsummed.contiguous(), *ctx.saved_tensors)
-        return dx, dx, dweight, None
-
-
-def _backward(
+def rms_norm_bwd(
     dout: torch.Tensor,
     dsummed: torch.Tensor | None,
     summed: torch.Tensor,
     weight: torch.Tensor,
     rstd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    kernel = load_kernel("rms_norm")
-    dx, dweight = kernel.bwd(dout.contiguous(), dsummed, summed, _widen(weight), rstd)
+    """Return the gradients of what was normalised, with `dsummed` added, and of the weight."""
+    dsummed = None if dsummed is None else dsummed.contiguous()
+    bwd = load_kernel("rms_norm").bwd
+    dx, dweight = bwd(dout.contiguous(), dsummed, summed, _widen(weight), rstd)
     return dx, dweight.to(weight.dtype)
 
 

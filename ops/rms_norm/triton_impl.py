@@ -4,12 +4,11 @@ A program takes BLOCK_R rows; rows wider than BLOCK_E are read twice. The weight
 summed over the rows of each of at most `MAX_PROGRAMS` programs first, then over the programs.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
+from ops.rms_norm.autograd import apply_rms_norm
 from ops.triton_build import Build
 from ops.triton_runtime import Blocks, find_blocks
 
@@ -20,36 +19,7 @@ def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `ops.rms_norm.rms_norm`."""
-    if residual is None:
-        out: torch.Tensor = _RMSNorm.apply(x, weight, eps)
-        return out, None
-    out, summed = _AddRMSNorm.apply(x, residual, weight, eps)
-    return out, summed
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x, weight, eps):  # type: ignore[no-untyped-def]
-        out, summed, rstd = rms_norm_fwd(x, weight, eps, None)
-        ctx.save_for_backward(summed, weight, rstd)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
-        return *rms_norm_bwd(dout, None, *ctx.saved_tensors), None
-
-
-class _AddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x, residual, weight, eps):  # type: ignore[no-untyped-def]
-        out, summed, rstd = rms_norm_fwd(x, weight, eps, residual)
-        ctx.save_for_backward(summed, weight, rstd)
-        return out, summed
-
-    @staticmethod
-    def backward(ctx: Any, dout, dsummed):  # type: ignore[no-untyped-def]
-        dx, dweight = rms_norm_bwd(dout, dsummed, *ctx.saved_tensors)
-        return dx, dx, dweight, None
+    return apply_rms_norm(x, weight, eps, residual, rms_norm_fwd, rms_norm_bwd)
 
 
 def rms_norm_fwd(
