@@ -2,7 +2,7 @@
 
 import torch
 
-from ops.linear_attention.reference import list_documents
+from ops.linear_attention.reference import recur_over_documents
 
 
 def delta_rule(
@@ -16,16 +16,8 @@ def delta_rule(
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.delta_rule.delta_rule`; differentiable by autograd."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    outs, finals = [], []
-    for n, (b, start, stop) in enumerate(list_documents(q, cu_seqlens)):
-        initial = None if initial_state is None else initial_state[n].to(dtype)
-        decay = None if log_decay is None else log_decay[b, start:stop].to(dtype).exp()
-        q_n, k_n, v_n, beta_n = (x[b, start:stop].to(dtype) for x in (q, k, v, beta))
-        out, final = _recurrence(q_n, k_n, v_n, beta_n, decay, initial)
-        outs.append(out * scale)
-        finals.append(final)
-    return torch.cat(outs).view(*q.shape[:3], v.shape[-1]).to(q.dtype), torch.stack(finals)
+    tensors = (q, k, v, beta)
+    return recur_over_documents(_recurrence, tensors, log_decay, scale, initial_state, cu_seqlens)
 
 
 def _recurrence(

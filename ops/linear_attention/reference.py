@@ -1,6 +1,7 @@
 """Definition of gated linear attention: the recurrence, one token at a time."""
 
 import itertools
+from collections.abc import Callable
 
 import torch
 
@@ -15,19 +16,34 @@ def linear_attention(
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.linear_attention.linear_attention`; differentiable by autograd."""
+    return recur_over_documents(_recurrence, (q, k, v), log_decay, scale, initial_state, cu_seqlens)
+
+
+def recur_over_documents(
+    recurrence: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    tensors: tuple[torch.Tensor, ...],
+    log_decay: torch.Tensor | None,
+    scale: float,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run recurrence(*tensors [T, ...], decay, state) over each document of tensors [B, T, ...].
+
+    The first three tensors are q, k and v; out [B, T, H, D_v] has the dtype of q.
+    """
+    q, _, v = tensors[:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
     outs, finals = [], []
-    for n, (b, start, stop) in enumerate(list_documents(q, cu_seqlens)):
+    for n, (b, start, stop) in enumerate(_list_documents(q, cu_seqlens)):
         initial = None if initial_state is None else initial_state[n].to(dtype)
         decay = None if log_decay is None else log_decay[b, start:stop].to(dtype).exp()
-        q_n, k_n, v_n = (x[b, start:stop].to(dtype) for x in (q, k, v))
-        out, final = _recurrence(q_n, k_n, v_n, decay, initial)
+        out, final = recurrence(*(x[b, start:stop].to(dtype) for x in tensors), decay, initial)
         outs.append(out * scale)
         finals.append(final)
     return torch.cat(outs).view(*q.shape[:3], v.shape[-1]).to(q.dtype), torch.stack(finals)
 
 
-def list_documents(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[tuple[int, int, int]]:
+def _list_documents(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[tuple[int, int, int]]:
     """Return (row, start, stop) of the documents of x [B, T, ...]; without bounds a row is one."""
     if cu_seqlens is None:
         return [(b, 0, x.shape[1]) for b in range(x.shape[0])]

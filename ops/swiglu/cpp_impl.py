@@ -3,12 +3,11 @@
 The kernel takes a multiple of 16 elements; everything else is left to `torch_impl`.
 """
 
-from typing import Any
-
 import torch
 
 from ops.cpp_build import load_kernel
 from ops.swiglu import torch_impl
+from ops.swiglu.autograd import SwiGLU
 
 LANES = 16
 
@@ -17,17 +16,20 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """See `ops.swiglu.swiglu`."""
     if gate.numel() % LANES:
         return torch_impl.swiglu(gate, up)
-    out: torch.Tensor = _SwiGLU.apply(gate, up)
+    out: torch.Tensor = SwiGLU.apply(gate, up, swiglu_fwd, swiglu_bwd)
     return out
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate, up):  # type: ignore[no-untyped-def]
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        return load_kernel("swiglu").fwd(gate, up)
+def swiglu_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return the gated unit."""
+    out: torch.Tensor = load_kernel("swiglu").fwd(gate.contiguous(), up.contiguous())
+    return out
 
-    @staticmethod
-    def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
-        return load_kernel("swiglu").bwd(dout.contiguous(), *ctx.saved_tensors)
+
+def swiglu_bwd(
+    dout: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of gate and up."""
+    inputs = (x.contiguous() for x in (dout, gate, up))
+    dgate, dup = load_kernel("swiglu").bwd(*inputs)
+    return dgate, dup

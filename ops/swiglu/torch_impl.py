@@ -3,27 +3,16 @@
 With f = silu:   dg = dy u f'(g),   du = dy f(g).
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
+
+from ops.swiglu.autograd import SwiGLU
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """See `ops.swiglu.swiglu`."""
-    out: torch.Tensor = _SwiGLU.apply(gate, up)
+    out: torch.Tensor = SwiGLU.apply(gate, up, swiglu_fwd, swiglu_bwd)
     return out
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate, up):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(gate, up)
-        return swiglu_fwd(gate, up)
-
-    @staticmethod
-    def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
-        return swiglu_bwd(dout, *ctx.saved_tensors)
 
 
 def swiglu_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
