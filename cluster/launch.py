@@ -37,13 +37,20 @@ def run_rank(config: Config, accelerator: Accelerator, world: World) -> int:
     threads = config.run.num_threads or max(1, (os.cpu_count() or 1) // world.local_size)
     torch.set_num_threads(threads)
     # Imported here: the checks that come before must be quick, and DeepSpeed reads the environment.
-    from parallel.comm import broadcast_object
+    from parallel.comm import Comm
     from parallel.mesh import close_mesh, init_mesh
     from trainer.loop import RunFailedError, Trainer
 
-    device = accelerator.device(world.local_rank)
-    mesh = init_mesh(world, device, accelerator.backend, config.parallel.timeout_seconds)
-    run_dir = broadcast_object(config.run.dir, mesh)
+    parallel = config.parallel
+    mesh = init_mesh(
+        world,
+        accelerator.device(world.local_rank),
+        accelerator.backend,
+        parallel.timeout_seconds,
+        ulysses=parallel.ulysses,
+        ring=parallel.ring,
+    )
+    run_dir = Comm(mesh).broadcast_object(config.run.dir)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=run_dir))
     trainer = None
     try:

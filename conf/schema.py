@@ -124,6 +124,8 @@ class ModelConfig:
     mixers: dict[str, Annotated[Any, extension("models.mixers")]]
     """Mixers by name, each `_target_` a config class of models/mixers."""
     ffns: dict[str, FFNConfig]
+    num_sinks: NonNegativeInt
+    """Learned tokens before every document, which all its tokens see; they see each other."""
     norm_eps: PositiveFloat
     tie_embeddings: bool
     init_std: PositiveFloat
@@ -178,9 +180,14 @@ class ParallelConfig:
     pp: PositiveInt
     ep: PositiveInt
     ulysses: PositiveInt
+    """Neighbouring ranks that exchange heads for tokens in full attention."""
     ring: PositiveInt
+    """Places of the ring that keys go round in full attention; ulysses * ring ranks share a
+    sequence."""
     layout: Literal["contiguous", "zigzag"]
+    """Who holds which tokens: rank r the r-th part, or a pair of parts with even causal work."""
     linear: Literal["gather", "scan"]
+    """States of linear layers: gathered by all ranks at once, or handed on from rank to rank."""
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     """DeepSpeed ZeRO: 0 none, 1 optimizer, 2 + gradients, 3 + parameters."""
     offload: Literal["none", "optimizer", "all"]
@@ -189,6 +196,9 @@ class ParallelConfig:
     """Activations recomputed in the backward pass: none; the FFNs (selective); whole layers."""
     timeout_seconds: PositiveFloat
     """Longest wait in one collective."""
+    sync: Literal["none", "device", "barrier"]
+    """After the communication of a sequence-parallel layer: nothing; wait until the device is
+    through; that, and until all ranks of the axis are."""
 
 
 Implementation = Literal["auto", "reference", "torch", "cpp", "triton"]

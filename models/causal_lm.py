@@ -1,5 +1,6 @@
 """The causal language model: embedding, a loop over the layer list, norm and head."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -25,6 +26,22 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return F.embedding(tokens, self.weight).to(self.dtype)
+
+
+class SinkTokens(nn.Module):
+    """Learned vectors before every document: they see each other, and every token sees them.
+
+    They see no token, so that they are the same before all documents; one copy stands in the rows
+    before a rank's tokens and serves them all.
+    """
+
+    def __init__(self, num_sinks: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_sinks, hidden_size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [1, S + T, E] from [1, T, E]."""
+        return torch.cat([self.weight.to(x.dtype)[None], x], dim=1)
 
 
 class Head(nn.Module):
@@ -77,7 +94,7 @@ class ParallelMixers(nn.Module):
         cache: dict[str, MixerCache] | None = None,
     ) -> torch.Tensor:
         outs = {
-            name: mixer(x, context, None if cache is None else cache[name])
+            name: mixer(x, context.at(kind=mixer.kind), None if cache is None else cache[name])
             for name, mixer in self.named_branches()
         }
         return self._sum(outs)
@@ -147,6 +164,7 @@ class CausalLM(nn.Module):
         self.ops = ops
         self.recompute = recompute
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.sinks = SinkTokens(config.num_sinks, config.hidden_size) if config.num_sinks else None
         self.layers = nn.ModuleList(
             Layer(layer, config, spike, ops) for layer in layer_list(config)
         )
@@ -164,14 +182,25 @@ class CausalLM(nn.Module):
             tokens: int64 [1, T], this rank's tokens of packed documents.
             labels: int64 [1, T], the token that follows each, -100 where none.
         """
-        x = self.embed(tokens)
-        for layer in self.layers:
+        x, context = self._begin(tokens, context)
+        for i, layer in enumerate(self.layers):
+            here = context.at(layer=f"layers.{i}")
             if self.recompute == "full":
-                x = run_recomputed(layer, x, context)
+                here = here.remembering()
+                x = run_recomputed(layer, x, here, memory=here.memory)
             else:
-                x = layer(x, context, None, self.recompute)
-        loss_sum, num_valid = self.head(self.norm(x), labels)
+                x = layer(x, here, None, self.recompute)
+        loss_sum, num_valid = self.head(self.norm(x[:, self.config.num_sinks :]), labels)
         return loss_sum, num_valid
+
+    def _begin(
+        self, tokens: torch.Tensor, context: SequenceContext
+    ) -> tuple[torch.Tensor, SequenceContext]:
+        """Return the rows of the sinks and of the tokens, and the context that knows of them."""
+        x = self.embed(tokens)
+        if self.sinks is None:
+            return x, context
+        return self.sinks(x), dataclasses.replace(context, num_sinks=self.config.num_sinks)
 
     def new_cache(self) -> list[dict[str, MixerCache]]:
         """Return an empty decoding cache: per layer, one entry per mixer."""
@@ -185,7 +214,7 @@ class CausalLM(nn.Module):
         self, tokens: torch.Tensor, context: SequenceContext, cache: list[dict[str, MixerCache]]
     ) -> torch.Tensor:
         """Read a prompt [1, T] into an empty cache; return the last token's logits [1, vocab]."""
-        x = self.embed(tokens)
+        x, context = self._begin(tokens, context)
         for layer, entry in zip(self.layers, cache, strict=True):
             x = layer(x, context, entry)
         return self.head.logits(self.norm(x[:, -1]))
@@ -207,6 +236,8 @@ class CausalLM(nn.Module):
             std = self.config.init_std
             out_std = std / (2 * self.config.num_layers) ** 0.5
             nn.init.normal_(self.embed.weight, std=std)
+            if self.sinks is not None:
+                nn.init.normal_(self.sinks.weight, std=std)
             if not self.config.tie_embeddings:
                 nn.init.normal_(self.head.weight, std=std)
             for layer in self.layers:

@@ -104,7 +104,7 @@ class Engine:
         """Move what DeepSpeed sent since the last call into the ledger, under `axis`."""
         log = deepspeed.comm.comm.comms_logger.comms_dict
         for operation, sizes in log.items():
-            factor = _bytes_sent_factor(operation, self.mesh.dp_size)
+            factor = _bytes_sent_factor(operation, self.mesh.world_size)
             # The latencies are readings of one running timer per operation, in milliseconds.
             elapsed = max((max(record[1]) for record in sizes.values()), default=0.0) / 1000
             seconds = elapsed - self._comm_seconds.get(operation, 0.0)
@@ -141,9 +141,9 @@ class Engine:
                 elif self.zero_stage == 3:
                     size = safe_get_local_optimizer_state(parameter, moment).numel()
                     padded = nn.functional.pad(
-                        value.flatten(), (0, size * self.mesh.dp_size - value.numel())
+                        value.flatten(), (0, size * self.mesh.world_size - value.numel())
                     )
-                    part = padded.narrow(0, size * self.mesh.dp_rank, size)
+                    part = padded.narrow(0, size * self.mesh.rank, size)
                     safe_set_local_optimizer_state(parameter, part, moment)
                 else:
                     safe_set_full_optimizer_state(parameter, value, moment)
@@ -193,7 +193,8 @@ def _deepspeed_config(
     if parallel.offload == "all":
         zero["offload_param"] = {"device": "cpu"}
     return {
-        "train_batch_size": micro_batch_size * grad_accum_steps * mesh.dp_size,
+        # To DeepSpeed, sequence ranks are data ranks: its own sequence options reduce wrongly.
+        "train_batch_size": micro_batch_size * grad_accum_steps * mesh.world_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": grad_accum_steps,
         # Under ZeRO 0 `Engine.step` clips, since DeepSpeed would apply a non-finite gradient there.

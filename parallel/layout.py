@@ -5,7 +5,9 @@ zigzag: two, so that causal work is balanced). One rank is the ordinary case, no
 """
 
 import itertools
+from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -13,13 +15,25 @@ import torch
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens [start, stop) of the global sequence."""
+    """Tokens, or rows of a tensor, [start, stop)."""
 
     start: int
     stop: int
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return max(0, self.stop - self.start)
+
+    def __and__(self, other: "Segment") -> "Segment":
+        """What both hold; of length 0 where that is nothing."""
+        start = max(self.start, other.start)
+        return Segment(start, max(start, min(self.stop, other.stop)))
+
+    def shift(self, offset: int) -> "Segment":
+        return Segment(self.start + offset, self.stop + offset)
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -29,25 +43,96 @@ class SequenceLayout:
     Attributes:
         segments: per rank, its ordered contiguous segments of the global sequence.
         sp_rank: the rank that this process is.
-        cu_seqlens: int32 [N+1] global starts of the packed documents and their end.
+        documents: global bounds of the packed documents, from 0 to the number of tokens.
+        ulysses: so many neighbouring ranks together hold one place of the ring.
     """
 
     segments: tuple[tuple[Segment, ...], ...]
     sp_rank: int
-    cu_seqlens: torch.Tensor
+    documents: tuple[int, ...]
+    ulysses: int = 1
 
     @property
     def sp_size(self) -> int:
         return len(self.segments)
 
     @property
+    def own(self) -> tuple[Segment, ...]:
+        """This rank's segments."""
+        return self.segments[self.sp_rank]
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that this rank holds."""
-        return sum(len(segment) for segment in self.segments[self.sp_rank])
+        return self.count(self.sp_rank)
+
+    def count(self, rank: int) -> int:
+        """Return the tokens that `rank` holds."""
+        return sum(len(segment) for segment in self.segments[rank])
+
+    def rows(self, rank: int) -> tuple[Segment, ...]:
+        """Return where each segment of `rank` stands among its rows."""
+        stops = itertools.accumulate(len(segment) for segment in self.segments[rank])
+        return tuple(
+            Segment(stop - len(segment), stop)
+            for stop, segment in zip(stops, self.segments[rank], strict=True)
+        )
+
+    def document(self, token: int) -> Segment:
+        """Return the document that holds a token of the global sequence."""
+        index = bisect_right(self.documents, token)
+        return Segment(self.documents[index - 1], self.documents[index])
+
+    @cached_property
+    def _bounds(self) -> list[int]:
+        return sorted(set(self.documents))  # an empty document bounds nothing
+
+    @cached_property
+    def pieces(self) -> tuple[tuple[Segment, ...], ...]:
+        """This rank's segments, each cut where documents begin; global tokens."""
+        return tuple(
+            tuple(
+                Segment(*bounds)
+                for bounds in itertools.pairwise(
+                    (
+                        segment.start,
+                        *(b for b in self._bounds if segment.start < b < segment.stop),
+                        segment.stop,
+                    )
+                )
+            )
+            for segment in self.own
+        )
+
+    @cached_property
+    def local_documents(self) -> tuple[int, ...]:
+        """Bounds of the pieces among this rank's rows, from 0 to T."""
+        lengths = [len(piece) for pieces in self.pieces for piece in pieces]
+        return tuple(itertools.accumulate(lengths, initial=0))
+
+    @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """`local_documents` as int32 [N + 1], on the host, where operators read it."""
+        return torch.tensor(self.local_documents, dtype=torch.int32)
+
+    @cached_property
+    def ring(self) -> "SequenceLayout":
+        """The layout over the places of the ring, each what `ulysses` neighbours hold together."""
+        if self.ulysses == 1:
+            return self
+        places = []
+        for first in range(0, self.sp_size, self.ulysses):
+            joined: list[Segment] = []
+            for segment in itertools.chain(*self.segments[first : first + self.ulysses]):
+                if joined and joined[-1].stop == segment.start:
+                    segment = Segment(joined.pop().start, segment.stop)
+                joined.append(segment)
+            places.append(tuple(joined))
+        return SequenceLayout(tuple(places), self.sp_rank // self.ulysses, self.documents)
 
     def shard(self, x: torch.Tensor) -> torch.Tensor:
         """Return this rank's tokens of a global `[1, T_global, ...]` tensor."""
-        parts = [x[:, s.start : s.stop] for s in self.segments[self.sp_rank]]
+        parts = [x[:, s.start : s.stop] for s in self.own]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def restore(self, shards: list[torch.Tensor]) -> torch.Tensor:
@@ -61,14 +146,13 @@ class SequenceLayout:
 
     def position_ids(self) -> torch.Tensor:
         """Return int64 [T]: the place of each of this rank's tokens within its document."""
-        ids = torch.cat(
+        return torch.cat(
             [
-                torch.arange(s.start, s.stop, device=self.cu_seqlens.device)
-                for s in self.segments[self.sp_rank]
+                torch.arange(len(piece)) + piece.start - self.document(piece.start).start
+                for pieces in self.pieces
+                for piece in pieces
             ]
         )
-        document = torch.searchsorted(self.cu_seqlens, ids, right=True) - 1
-        return ids - self.cu_seqlens[document]
 
 
 def build_layout(
@@ -77,21 +161,41 @@ def build_layout(
     kind: Literal["contiguous", "zigzag"] = "contiguous",
     sp_rank: int = 0,
     sp_size: int = 1,
+    ulysses: int = 1,
 ) -> SequenceLayout:
     """Spread the sequence that `cu_seqlens` delimits over `sp_size` ranks.
 
     Args:
-        cu_seqlens: int32 [N+1], starts at 0.
-        kind: contiguous, or zigzag (rank r holds chunks r and 2 sp_size - 1 - r of 2 sp_size).
+        cu_seqlens: int32 [N + 1] on the host, starts at 0.
+        kind: contiguous, or zigzag (place r of the ring holds chunks r and 2 R - 1 - r of 2 R).
+        ulysses: ranks that share one place of the ring, each a contiguous part of its tokens;
+            divides sp_size.
 
-    Chunk sizes differ by one token at most where the length does not divide.
+    Sizes differ by one token at most where the length does not divide, so nothing is padded.
     """
-    num_tokens = int(cu_seqlens[-1])
-    num_chunks = sp_size if kind == "contiguous" or sp_size == 1 else 2 * sp_size
-    bounds = [num_tokens * i // num_chunks for i in range(num_chunks + 1)]
-    chunks = [Segment(a, b) for a, b in itertools.pairwise(bounds)]
-    if num_chunks == sp_size:
-        segments: tuple[tuple[Segment, ...], ...] = tuple((chunk,) for chunk in chunks)
+    documents = tuple(cu_seqlens.tolist())
+    num_places = sp_size // ulysses
+    num_chunks = num_places if kind == "contiguous" or num_places == 1 else 2 * num_places
+    chunks = _split((Segment(0, documents[-1]),), num_chunks)
+    if num_chunks == num_places:
+        places = chunks
     else:
-        segments = tuple((chunks[r], chunks[num_chunks - 1 - r]) for r in range(sp_size))
-    return SequenceLayout(segments, sp_rank, cu_seqlens)
+        places = [chunks[r] + chunks[num_chunks - 1 - r] for r in range(num_places)]
+    segments = tuple(part for place in places for part in _split(place, ulysses))
+    return SequenceLayout(segments, sp_rank, documents, ulysses)
+
+
+def _split(segments: tuple[Segment, ...], count: int) -> list[tuple[Segment, ...]]:
+    """Cut the tokens of `segments`, one after another, into `count` even parts."""
+    total = sum(len(segment) for segment in segments)
+    parts = []
+    for index in range(count):
+        wanted = Segment(total * index // count, total * (index + 1) // count)
+        offset, part = 0, []
+        for segment in segments:
+            here = wanted & Segment(offset, offset + len(segment))
+            if len(here):
+                part.append(here.shift(segment.start - offset))
+            offset += len(segment)
+        parts.append(tuple(part) or (Segment(segments[0].start, segments[0].start),))
+    return parts

@@ -50,36 +50,74 @@ def read_world() -> World:
 
 
 @dataclass(frozen=True)
+class Axis:
+    """The ranks of one axis of the mesh that work together with this process."""
+
+    name: str
+    ranks: tuple[int, ...] = (0,)
+    """Ranks of the world, in the order of the axis."""
+    index: int = 0
+    """Which of them this process is."""
+    group: dist.ProcessGroup | None = None
+    """None where the axis has one rank."""
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+@dataclass(frozen=True)
 class Mesh:
-    """Ranks and sizes by axis. The data axis (`dp`) is the whole world so far; `sp` is one rank."""
+    """Ranks and sizes by axis: rank = (dp_rank * ring + ring_rank) * ulysses + ulysses_rank.
+
+    The ranks of the ring and of Ulysses together are the sequence axis `sp`. `dp` in the ledger
+    stands for all ranks, over which gradients are summed.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    world: Axis = Axis("dp")
+    sp: Axis = Axis("sp")
+    ring: Axis = Axis("ring")
+    ulysses: Axis = Axis("ulysses")
 
     @property
     def dp_rank(self) -> int:
-        return self.rank
+        return self.rank // self.sp_size
 
     @property
     def dp_size(self) -> int:
-        return self.world_size
+        return self.world_size // self.sp_size
 
     @property
     def sp_rank(self) -> int:
-        return 0
+        return self.sp.index
 
     @property
     def sp_size(self) -> int:
-        return 1
+        return self.sp.size
 
 
-def init_mesh(world: World, device: torch.device, backend: str, timeout_seconds: float) -> Mesh:
+def init_mesh(
+    world: World,
+    device: torch.device,
+    backend: str,
+    timeout_seconds: float,
+    *,
+    ulysses: int = 1,
+    ring: int = 1,
+) -> Mesh:
     """Join the process group of the world, unless that was done before, and return the mesh.
 
-    DeepSpeed keeps the groups it has seen, so a process that makes several runs, one after another,
-    keeps the one made here until it ends.
+    Every rank must call. DeepSpeed keeps the groups it has seen, so a process that makes several
+    runs, one after another, keeps the one made here until it ends.
+
+    Args:
+        timeout_seconds: longest wait in one collective.
+        ulysses: neighbouring ranks that exchange heads for tokens.
+        ring: places of the ring; ulysses * ring divides the world.
     """
     if not dist.is_initialized():
         atexit.register(close_mesh)
@@ -92,10 +130,45 @@ def init_mesh(world: World, device: torch.device, backend: str, timeout_seconds:
             dist.init_process_group(
                 backend, rank=world.rank, world_size=world.world_size, timeout=timeout
             )
-    return Mesh(world.rank, world.world_size, world.local_rank, device)
+    ranks = torch.arange(world.world_size).view(-1, ring, ulysses)
+    groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    def build_axis(name: str, rows: torch.Tensor) -> Axis:
+        """Every rank makes the groups of all rows, in one order; this one's becomes the axis."""
+        own: tuple[int, ...] = (world.rank,)
+        for row in rows.tolist():
+            members = tuple(row)
+            if world.rank in members:
+                own = members
+            if len(members) > 1 and members not in groups:
+                # Two groups over the same ranks could wait for each other: one serves all axes.
+                groups[members] = _group(members, world, timeout_seconds)
+        return Axis(name, own, own.index(world.rank), groups.get(own))
+
+    return Mesh(
+        world.rank,
+        world.world_size,
+        world.local_rank,
+        device,
+        world=build_axis("dp", ranks.reshape(1, -1)),
+        sp=build_axis("sp", ranks.flatten(1)),
+        ring=build_axis("ring", ranks.transpose(1, 2).reshape(-1, ring)),
+        ulysses=build_axis("ulysses", ranks.reshape(-1, ulysses)),
+    )
 
 
 def close_mesh() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _group(members: tuple[int, ...], world: World, timeout_seconds: float) -> dist.ProcessGroup:
+    if len(members) == world.world_size:
+        whole = dist.group.WORLD
+        assert whole is not None, "the process group of the world was made above"
+        return whole
+    group: dist.ProcessGroup = dist.new_group(
+        list(members), timeout=timedelta(seconds=timeout_seconds)
+    )
+    return group

@@ -42,16 +42,23 @@ def _check_parallel(config: Config, world_size: int) -> None:
             f"launcher.num_workers={launcher.num_workers}: launcher=inline runs one rank; use "
             "launcher=ray"
         )
-    for axis in ("pp", "ep", "ulysses", "ring"):
+    for axis in ("pp", "ep"):
         if getattr(parallel, axis) != 1:
             raise ValueError(
                 f"parallel.{axis}={getattr(parallel, axis)}: this version spreads work over the "
-                f"data axis only; use parallel.{axis}=1 and launcher.num_workers for parallel.dp"
+                f"data and sequence axes only; use parallel.{axis}=1"
             )
-    if parallel.dp is not None and parallel.dp != world_size:
+    sp_size = parallel.ulysses * parallel.ring
+    if world_size % sp_size:
         raise ValueError(
-            f"parallel.dp={parallel.dp} must equal the {world_size} ranks that "
-            f"launcher={launcher.name} gives; use parallel.dp={world_size} or null"
+            f"parallel.ulysses={parallel.ulysses} x parallel.ring={parallel.ring} must divide the "
+            f"{world_size} ranks that launcher={launcher.name} gives"
+        )
+    if parallel.dp is not None and parallel.dp * sp_size != world_size:
+        raise ValueError(
+            f"parallel.dp={parallel.dp} x {sp_size} sequence ranks must equal the {world_size} "
+            f"ranks that launcher={launcher.name} gives; use parallel.dp={world_size // sp_size} "
+            "or null"
         )
     needed = {"none": 0, "optimizer": 1, "all": 3}[parallel.offload]
     if parallel.zero_stage < needed:
@@ -63,14 +70,16 @@ def _check_parallel(config: Config, world_size: int) -> None:
 
 def _check_batch(config: Config, world_size: int) -> None:
     data = config.data
-    unit = data.micro_batch_size * world_size
+    sp_size = config.parallel.ulysses * config.parallel.ring
+    dp_size = world_size // sp_size
+    unit = data.micro_batch_size * dp_size
     if data.global_batch_size % unit:
         near = [n for n in (data.global_batch_size // unit * unit, 0) if n] + [
             (data.global_batch_size // unit + 1) * unit
         ]
         raise ValueError(
             f"data.global_batch_size={data.global_batch_size} must be a multiple of "
-            f"data.micro_batch_size={data.micro_batch_size} x {world_size} data ranks; use "
+            f"data.micro_batch_size={data.micro_batch_size} x {dp_size} data ranks; use "
             f"data.global_batch_size={' or '.join(map(str, near))}"
         )
 

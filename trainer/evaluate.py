@@ -5,6 +5,7 @@ import math
 import torch
 
 from conf.schema import EvaluateConfig
+from parallel.comm import Comm
 from parallel.layout import build_layout
 from parallel.mesh import Mesh
 from parallel.sequence import SequenceContext
@@ -18,11 +19,10 @@ def evaluate_run(config: EvaluateConfig, device: torch.device) -> dict[str, floa
     run, model, _ = restore_model(config.run, device)
     data = TokenDataset(prepare(run.data), "val", run.data.seq_len, run.run.seed)
     count = config.max_sequences or data.num_sequences
-    mesh = Mesh(0, 1, 0, device)
+    comm = Comm(Mesh(0, 1, 0, device))
     loss, tokens, num_bytes = 0.0, 0.0, 0.0
     for batch in validation_batches(data, count, run.data.micro_batch_size, 0, 1):
-        layout = build_layout(batch.cu_seqlens.to(device))
-        context = SequenceContext(mesh, layout, run.ops)
+        context = SequenceContext(build_layout(batch.cu_seqlens), run.ops, comm)
         loss_sum, num_valid = model(batch.tokens.to(device), batch.labels.to(device), context)
         loss, tokens = loss + float(loss_sum), tokens + float(num_valid)
         num_bytes += batch.num_bytes

@@ -8,6 +8,7 @@ import torch
 
 from conf.schema import GenerateConfig
 from models.causal_lm import CausalLM
+from parallel.comm import Comm
 from parallel.layout import build_layout
 from parallel.mesh import Mesh
 from parallel.sequence import SequenceContext
@@ -33,9 +34,9 @@ def stream_text(config: GenerateConfig, device: torch.device) -> Iterator[str]:
     yield config.prompt
     start = time.perf_counter()
     tokens = generate(model, prompt, config, SequenceContext(
-        Mesh(0, 1, 0, device),
-        build_layout(torch.tensor([0, len(prompt)], dtype=torch.int32, device=device)),
+        build_layout(torch.tensor([0, len(prompt)], dtype=torch.int32)),
         run.ops,
+        Comm(Mesh(0, 1, 0, device)),
     ), tokenizer.vocab_size)  # fmt: skip
     for n, token in enumerate(tokens, 1):
         if token == tokenizer.eos_id and config.stop_at_end:
@@ -62,7 +63,7 @@ def generate(
         context: of one document as long as the prompt.
         vocab_size: tokens of the tokenizer; the padding of the head beyond them is never drawn.
     """
-    device = context.mesh.device
+    device = context.comm.mesh.device
     generator = torch.Generator(device).manual_seed(config.seed)
     cache = model.new_cache()
     logits = model.prefill(torch.tensor([prompt], device=device), context, cache)

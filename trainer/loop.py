@@ -14,9 +14,10 @@ from conf.schema import Config
 from models.causal_lm import CausalLM
 from models.spiking import spike_encoders
 from ops.spike import MAX_COUNT
-from parallel.comm import all_reduce_sum, broadcast_object
+from parallel.comm import Comm
 from parallel.engine import Engine
-from parallel.layout import build_layout
+from parallel.flight_recorder import FlightRecorder
+from parallel.layout import SequenceLayout, build_layout
 from parallel.ledger import Ledger
 from parallel.mesh import Mesh
 from parallel.sequence import SequenceContext
@@ -74,6 +75,12 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.store = CheckpointStore(self.run_dir / "checkpoints", config.checkpoint.keep)
         self.ledger, self.state = Ledger(), TrainState()
+        self.comm = Comm(
+            mesh,
+            self.ledger,
+            FlightRecorder(self.run_dir / "flight_recorder", mesh.rank, mesh.world_size),
+            config.parallel.sync,
+        )
         self.profiler = StepProfiler(accelerator.synchronize)
 
         folder, data = prepare(config.data), config.data
@@ -193,9 +200,10 @@ class Trainer:
         sums = torch.zeros(3, dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
             loss_sum, num_valid = self._forward(batch)
-            sums += sums.new_tensor([float(loss_sum), float(num_valid), batch.num_bytes])
+            num_bytes = batch.num_bytes if self.mesh.sp_rank == 0 else 0.0
+            sums += sums.new_tensor([float(loss_sum), float(num_valid), num_bytes])
         self.engine.model.train()
-        loss, tokens, num_bytes = all_reduce_sum(sums, self.mesh, self.ledger).tolist()
+        loss, tokens, num_bytes = self._sum(sums).tolist()
         return {
             "step": self.state.step,
             "val_loss": loss / tokens,
@@ -231,7 +239,7 @@ class Trainer:
         except CheckpointWriteError as raised:
             error = raised
         failed = torch.tensor([float(error is not None)], device=self.mesh.device)
-        if float(all_reduce_sum(failed, self.mesh, self.ledger, "checkpoint")):
+        if float(self._sum(failed, "checkpoint")):
             raise error or CheckpointWriteError(
                 "the checkpoint could not be written by another rank, whose log says why; "
                 "earlier ones are intact"
@@ -250,7 +258,7 @@ class Trainer:
                     found = resolve(resume)
             except ValueError as error:
                 raise RunFailedError(str(error)) from error
-        path = broadcast_object(None if found is None else str(found), self.mesh)
+        path = self.comm.broadcast_object(None if found is None else str(found))
         if path is None:
             return None
         self.state = TrainState(**load_state(Path(path)))
@@ -279,10 +287,25 @@ class Trainer:
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         device = self.mesh.device
-        layout = build_layout(batch.cu_seqlens.to(device), kind=self.config.parallel.layout)
-        context = SequenceContext(self.mesh, layout, self.config.ops)
-        loss_sum, num_valid = self.engine(batch.tokens.to(device), batch.labels.to(device), context)
+        parallel, layout = self.config.parallel, self._layout(batch)
+        context = SequenceContext(layout, self.config.ops, self.comm, parallel.linear)
+        tokens, labels = layout.shard(batch.tokens), layout.shard(batch.labels)
+        loss_sum, num_valid = self.engine(tokens.to(device), labels.to(device), context)
         return loss_sum, num_valid
+
+    def _layout(self, batch: Batch) -> SequenceLayout:
+        parallel = self.config.parallel
+        return build_layout(
+            batch.cu_seqlens,
+            kind=parallel.layout,
+            sp_rank=self.mesh.sp_rank,
+            sp_size=self.mesh.sp_size,
+            ulysses=parallel.ulysses,
+        )
+
+    def _sum(self, x: torch.Tensor, name: str | None = None) -> torch.Tensor:
+        """Return the sum over all ranks; every rank must call."""
+        return self.comm.all_reduce_sum(x, self.mesh.world, name)
 
     def _accumulate(self, batches: list[Batch]) -> tuple[torch.Tensor, float]:
         """Run forward and backward of all micro batches.
@@ -291,9 +314,10 @@ class Trainer:
             This rank's summed loss (float64) and the labels that count over all ranks.
         """
         local = torch.tensor(
-            [float(sum((b.labels >= 0).sum() for b in batches))], device=self.mesh.device
+            [float(sum((self._layout(b).shard(b.labels) >= 0).sum() for b in batches))],
+            device=self.mesh.device,
         )
-        num_tokens = float(all_reduce_sum(local.double(), self.mesh, self.ledger))
+        num_tokens = float(self._sum(local.double()))
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for i, batch in enumerate(batches):
             loss, _ = self._forward(batch)
@@ -308,7 +332,9 @@ class Trainer:
         self, loss_sum: torch.Tensor, batches: list[Batch]
     ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         """Sum over the ranks: loss, tokens, FLOPs, and the histogram of each spike encoder."""
-        lengths = [n for b in batches for n in b.cu_seqlens.diff().tolist()]
+        # The ranks of a sequence have the same batches, which count once.
+        counted = batches if self.mesh.sp_rank == 0 else []
+        lengths = [n for b in counted for n in b.cu_seqlens.diff().tolist()]
         scalars = {
             "loss": float(loss_sum),
             "tokens": float(sum(lengths)),
@@ -318,7 +344,7 @@ class Trainer:
         histograms = [encoder.take_histogram() for encoder in self.spikes.values()]
         values = torch.tensor(list(scalars.values()), dtype=torch.float64, device=self.mesh.device)
         flat = torch.cat([values, *histograms])
-        flat = all_reduce_sum(flat, self.mesh, self.ledger).cpu()
+        flat = self._sum(flat).cpu()
         totals = dict(zip(scalars, flat[: len(scalars)].tolist(), strict=True))
         rows = flat[len(scalars) :].split(MAX_COUNT + 1) if histograms else ()
         return totals, dict(zip(self.spikes, rows, strict=True))

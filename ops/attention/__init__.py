@@ -83,6 +83,46 @@ def attention(
     return out, lse
 
 
+def attention_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    settings: Settings,
+    *,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `attention` of checked inputs, without a gradient.
+
+    Returns:
+        out [B, T, H, D] in q's dtype and lse [B, H, T], float32 (float64 for float64 inputs).
+    """
+    function = choose("attention.attention_fwd", IMPLEMENTATIONS, q, impl)
+    out, lse = function(q, k, v, settings)
+    return out, lse
+
+
+def attention_bwd(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    settings: Settings,
+    *,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return dq, dk and dv of `attention_fwd`.
+
+    out and lse may be those of a softmax over more keys than k holds: then the gradients are the
+    share of these keys.
+    """
+    function = choose("attention.attention_bwd", IMPLEMENTATIONS, q, impl)
+    dq, dk, dv = function(dout, dlse, q, k, v, out, lse, settings)
+    return dq, dk, dv
+
+
 def merge(
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -129,7 +169,7 @@ def _check_partial(name: str, out: torch.Tensor, lse: torch.Tensor) -> None:
             f"{name} has shape {list(out.shape)} and its lse {list(lse.shape)}; "
             "give [B, T, H, D] and [B, H, T]"
         )
-    if lse.dtype != torch.float32:
+    if lse.dtype not in (torch.float32, torch.promote_types(out.dtype, torch.float32)):
         raise ValueError(f"the lse of {name} is {lse.dtype}; give float32")
 
 

@@ -23,6 +23,41 @@ def attention(
     return out.to(q.dtype), lse.float()
 
 
+def attention_fwd(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `attention` does, without a gradient."""
+    with torch.no_grad():
+        return attention(q, k, v, settings)
+
+
+def attention_bwd(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    settings: Settings,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return dq, dk and dv by their definition, out and lse those of a softmax over all keys."""
+    group = q.shape[2] // k.shape[2]
+    keys, values = (x.double().repeat_interleave(group, dim=2) for x in (k, v))
+    scores = settings.scale * torch.einsum("bthd,bshd->bhts", q.double(), keys)
+    scores = scores.masked_fill(~_visible_keys(q, k, settings), float("-inf"))
+    p = (scores - lse.double()[..., None]).exp()
+    delta = (dout.double() * out.double()).sum(-1).mT
+    if dlse is not None:
+        delta = delta - dlse.double()
+    dp = torch.einsum("bthd,bshd->bhts", dout.double(), values)
+    ds = settings.scale * p * (dp - delta[..., None])
+    dq = torch.einsum("bhts,bshd->bthd", ds, keys)
+    dk = torch.einsum("bhts,bthd->bshd", ds, q.double()).unflatten(2, (-1, group)).sum(3)
+    dv = torch.einsum("bhts,bthd->bshd", p, dout.double()).unflatten(2, (-1, group)).sum(3)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
 def merge(
     out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

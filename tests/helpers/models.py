@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 from conf.schema import Config, ModelConfig, OpsConfig, SpikeConfig, build
 from models.causal_lm import CausalLM
 from parallel.layout import build_layout
-from parallel.mesh import Mesh
 from parallel.sequence import SequenceContext
 from trainer.data import Batch
 
@@ -84,7 +83,7 @@ def build_model(
 def one_rank_context(doc_lengths: Sequence[int], ops: OpsConfig = OPS) -> SequenceContext:
     """Return the context of a single rank that holds documents of these lengths."""
     cu_seqlens = torch.tensor([0, *accumulate(doc_lengths)], dtype=torch.int32)
-    return SequenceContext(Mesh(0, 1, 0, torch.device("cpu")), build_layout(cu_seqlens), ops)
+    return SequenceContext(build_layout(cu_seqlens), ops)
 
 
 def random_batch(doc_lengths: Sequence[int], vocab_size: int, seed: int = 0) -> Batch:

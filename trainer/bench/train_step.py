@@ -14,6 +14,7 @@ from conf.schema import (
 )
 from models.causal_lm import CausalLM, layer_list
 from models.mixers.softmax_attention import SoftmaxAttentionConfig
+from parallel.comm import Comm
 from parallel.engine import Engine
 from parallel.layout import build_layout
 from parallel.mesh import Mesh, World, init_mesh
@@ -46,6 +47,7 @@ PARALLEL = ParallelConfig(
     offload="none",
     recompute="none",
     timeout_seconds=600.0,
+    sync="none",
 )
 OPS = OpsConfig()
 
@@ -98,7 +100,7 @@ def _our_step(
         micro_batch_size=config.micro_batch_size,
     )
     ends = torch.arange(0, config.micro_batch_size + 1) * config.seq_len
-    context = SequenceContext(mesh, build_layout(ends.int().to(mesh.device)), OPS)
+    context = SequenceContext(build_layout(ends.int()), OPS, Comm(mesh))
     inputs, labels = tokens[:, :-1].reshape(1, -1), tokens[:, 1:].reshape(1, -1)
 
     def step() -> None:
