@@ -6,6 +6,8 @@ delta rule, a dense matrix. Once a rank knows the states that enter its segments
 `state_scan`), the operator does the rest (section 3 of arXiv:2502.07563, with decay).
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,10 @@ from parallel.layout import Segment, SequenceLayout
 from parallel.sequence.context import SequenceContext
 from parallel.sequence.end_state import end_state
 from parallel.sequence.states import enter_segments
+
+Inputs = dict[str, torch.Tensor]
+"""Arguments of an operator by name, [1, rows, ...] each; without decay there is no log_decay."""
+Operator = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class Summary(NamedTuple):
@@ -51,28 +57,9 @@ def linear_attention(
         out [1, S + T, H, D_v] and, if asked for, the state [N, H_state, D_k, D_v] after each
         document.
     """
-    impl, out_sinks, begin = context.ops.linear_attention, None, None
-    if context.num_sinks:
-        sizes = [context.num_sinks, q.shape[1] - context.num_sinks]
-        (q_sinks, q), (k_sinks, k), (v_sinks, v) = (x.split(sizes, dim=1) for x in (q, k, v))
-        decay_sinks = None
-        if log_decay is not None:
-            decay_sinks, log_decay = log_decay.split(sizes, dim=1)
-        out_sinks, begin = linear_attention_op(
-            q_sinks, k_sinks, v_sinks, decay_sinks, output_final_state=True, impl=impl
-        )
-    initial = _initial_states(_summarize_decay(k, v, log_decay, begin, context), begin, context)
-    out, state = linear_attention_op(
-        q,
-        k,
-        v,
-        log_decay,
-        initial_state=initial,
-        cu_seqlens=context.layout.cu_seqlens,
-        output_final_state=output_final_state,
-        impl=impl,
-    )
-    return out if out_sinks is None else torch.cat([out_sinks, out], dim=1), state
+    inputs = {"q": q, "k": k, "v": v} | _optional(log_decay)
+    op = partial(linear_attention_op, impl=context.ops.linear_attention)
+    return _mix(op, inputs, _summarize_decay, context, output_final_state)
 
 
 def delta_rule(
@@ -90,110 +77,92 @@ def delta_rule(
     Args:
         beta: [1, S + T, H_state].
     """
-    impl, out_sinks, begin = context.ops.delta_rule, None, None
-    if context.num_sinks:
-        sizes = [context.num_sinks, q.shape[1] - context.num_sinks]
-        (q_sinks, q), (k_sinks, k), (v_sinks, v) = (x.split(sizes, dim=1) for x in (q, k, v))
-        beta_sinks, beta = beta.split(sizes, dim=1)
-        decay_sinks = None
-        if log_decay is not None:
-            decay_sinks, log_decay = log_decay.split(sizes, dim=1)
-        out_sinks, begin = delta_rule_op(
-            q_sinks, k_sinks, v_sinks, beta_sinks, decay_sinks, output_final_state=True, impl=impl
-        )
-    summary = _summarize_corrections(k, v, beta, log_decay, begin, context)
-    out, state = delta_rule_op(
-        q,
-        k,
-        v,
-        beta,
-        log_decay,
-        initial_state=_initial_states(summary, begin, context),
-        cu_seqlens=context.layout.cu_seqlens,
+    inputs = {"q": q, "k": k, "v": v, "beta": beta} | _optional(log_decay)
+    op = partial(delta_rule_op, impl=context.ops.delta_rule)
+    return _mix(op, inputs, _summarize_corrections, context, output_final_state)
+
+
+def _mix(
+    op: Operator,
+    inputs: Inputs,
+    summarize: Callable[[Operator, Inputs, torch.Tensor | None, SequenceLayout], Summary],
+    context: SequenceContext,
+    output_final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run the operator over the sinks, then over the tokens from the states that enter them."""
+    outs, begin, num_sinks = [], None, context.num_sinks
+    if num_sinks:
+        sinks = {name: x[:, :num_sinks] for name, x in inputs.items()}
+        out, begin = op(**sinks, output_final_state=True)
+        outs.append(out)
+        inputs = {name: x[:, num_sinks:] for name, x in inputs.items()}
+    layout = context.layout
+    initial = None if begin is None else begin.expand(len(layout.cu_seqlens) - 1, -1, -1, -1)
+    if layout.sp_size > 1:
+        initial = _enter_pieces(summarize(op, inputs, begin, layout), begin, context)
+    out, state = op(
+        **inputs,
+        initial_state=initial,
+        cu_seqlens=layout.cu_seqlens,
         output_final_state=output_final_state,
-        impl=impl,
     )
-    return out if out_sinks is None else torch.cat([out_sinks, out], dim=1), state
+    return torch.cat([*outs, out], dim=1) if outs else out, state
 
 
 def _summarize_decay(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor | None,
-    begin: torch.Tensor | None,
-    context: SequenceContext,
-) -> Summary | None:
+    op: Operator, inputs: Inputs, begin: torch.Tensor | None, layout: SequenceLayout
+) -> Summary:
     """Summarize the last piece of each segment, which alone reaches the next segment."""
-    layout = context.layout
-    if layout.sp_size == 1:
-        return None
-    locals_, transitions = [], []
+    transitions, ends = [], []
     for rows, begins in _last_pieces(layout):
-        decay = None if log_decay is None else log_decay[:, rows.rows]
-        local, total = end_state(k[:, rows.rows], v[:, rows.rows], decay)
+        piece = {name: x[:, rows.rows] for name, x in inputs.items()}
+        end, total = end_state(piece["k"], piece["v"], piece.get("log_decay"))
         if begins and begin is not None:
-            local = local + (begin[0] if total is None else total * begin[0])
-        locals_.append(local)
+            end = end + (begin[0] if total is None else total * begin[0])
+        ends.append(end)
         transitions += [] if total is None else [total]
-    return Summary(torch.stack(transitions) if transitions else None, torch.stack(locals_))
+    return Summary(torch.stack(transitions) if transitions else None, torch.stack(ends))
 
 
 def _summarize_corrections(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    beta: torch.Tensor,
-    log_decay: torch.Tensor | None,
-    begin: torch.Tensor | None,
-    context: SequenceContext,
-) -> Summary | None:
+    op: Operator, inputs: Inputs, begin: torch.Tensor | None, layout: SequenceLayout
+) -> Summary:
     """Summarize as `_summarize_decay`.
 
     The rule is linear in its state and its values: with values of zero it takes the identity to the
     transition, beside the values that take zero to the local state.
     """
-    layout = context.layout
-    if layout.sp_size == 1:
-        return None
-    H, D_k, D_v = *k.shape[2:], v.shape[3]
-    start = torch.eye(D_k, dtype=torch.float32, device=k.device).expand(1, H, D_k, D_k)
-    start = torch.cat([start.new_zeros(1, H, D_k, D_v), start], dim=3)
-    locals_, transitions = [], []
+    transitions, ends = [], []
     for rows, begins in _last_pieces(layout):
-        keys, values, strength = (x[:, rows.rows] for x in (k, v, beta))
-        _, end = delta_rule_op(
-            keys,
-            keys,
-            torch.cat([values, torch.zeros_like(keys)], dim=3),
-            strength,
-            None if log_decay is None else log_decay[:, rows.rows],
-            initial_state=start,
-            output_final_state=True,
-            impl=context.ops.delta_rule,
-        )
-        assert end is not None, "the final state was asked for"
-        local, transition = end[0].split([D_v, D_k], dim=2)
+        piece = {name: x[:, rows.rows] for name, x in inputs.items()}
+        k, v = piece["k"], piece["v"]
+        H, D_k, D_v = *k.shape[2:], v.shape[3]
+        wide = torch.promote_types(k.dtype, torch.float32)
+        start = torch.eye(D_k, dtype=wide, device=k.device).expand(1, H, D_k, D_k)
+        start = torch.cat([start.new_zeros(1, H, D_k, D_v), start], dim=3)
+        piece |= {"q": k, "v": torch.cat([v, torch.zeros_like(k)], dim=3)}
+        _, final = op(**piece, initial_state=start, output_final_state=True)
+        assert final is not None, "it was asked for"
+        end, transition = final[0].split([D_v, D_k], dim=2)
         if begins and begin is not None:
-            local = local + transition @ begin[0]
-        locals_.append(local)
+            end = end + transition @ begin[0]
+        ends.append(end)
         transitions.append(transition)
-    return Summary(torch.stack(transitions), torch.stack(locals_))
+    return Summary(torch.stack(transitions), torch.stack(ends))
 
 
-def _initial_states(
-    summary: Summary | None, begin: torch.Tensor | None, context: SequenceContext
-) -> torch.Tensor | None:
-    """Return the state that enters each piece, [N, H_state, D_k, D_v]; None: zeros.
+def _enter_pieces(
+    summary: Summary, begin: torch.Tensor | None, context: SequenceContext
+) -> torch.Tensor:
+    """Return the state that enters each piece, [N, H_state, D_k, D_v].
 
     Args:
         begin: [1, H_state, D_k, D_v], the state that a document begins with; None: zero.
     """
-    pieces = context.layout.pieces
-    if summary is None:
-        return None if begin is None else begin.expand(sum(map(len, pieces)), -1, -1, -1)
     entering = enter_segments(summary.transition, summary.local, context)
     first = torch.zeros_like(entering[0]) if begin is None else begin[0]
     states = []
-    for segment, state in zip(pieces, entering, strict=True):
+    for segment, state in zip(context.layout.pieces, entering, strict=True):
         continues = context.layout.document(segment[0].start).start < segment[0].start
         # A state of zero is added all the same: a rank whose states nothing depends on would not
         # take part in the collective of the backward pass.
@@ -210,3 +179,7 @@ def _last_pieces(layout: SequenceLayout) -> list[tuple[Segment, bool]]:
         result.append((rows, layout.document(last.start).start == last.start))
         offset = rows.stop
     return result
+
+
+def _optional(log_decay: torch.Tensor | None) -> Inputs:
+    return {} if log_decay is None else {"log_decay": log_decay}
