@@ -14,6 +14,8 @@ def process_environment() -> dict[str, str]:
         # Waiting threads spin for milliseconds by default: where other work shares the cores, they
         # take them from the thread they wait for, and a step took ten times as long.
         variables["GOMP_SPINCOUNT"] = "1000"
+    # Our message tells of a rank that is gone; PyTorch would warn of each socket, with C++ frames.
+    variables["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
     return variables
 
 
@@ -27,6 +29,9 @@ def rank_environment(deepspeed_name: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "MLFLOW_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "true",
+        # A wait for a collective of NCCL raises in the waiting thread when its time is over. By
+        # default a watchdog ends the process instead, before it can say what it waited for.
+        "TORCH_NCCL_BLOCKING_WAIT": os.environ.get("TORCH_NCCL_BLOCKING_WAIT", "1"),
     }
 
 

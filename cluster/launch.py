@@ -31,29 +31,34 @@ def launch(config: Config, accelerator: Accelerator) -> int:
 
 
 def run_rank(config: Config, accelerator: Accelerator, world: World) -> int:
-    """Train as one rank of the world; return the exit code."""
+    """Train as one rank of the world; return the exit code.
+
+    Raises:
+        CommunicationError: another rank died, stopped or did not come; the message is logged.
+    """
     configure_logging(world.rank)
     apply_environment({"LOCAL_RANK": str(world.local_rank)})  # DeepSpeed insists on it
     threads = config.run.num_threads or max(1, (os.cpu_count() or 1) // world.local_size)
     torch.set_num_threads(threads)
     # Imported here: the checks that come before must be quick, and DeepSpeed reads the environment.
     from parallel.comm import Comm
+    from parallel.flight_recorder import CommunicationError, FlightRecorder
     from parallel.mesh import close_mesh, init_mesh
     from trainer.loop import RunFailedError, Trainer
 
-    parallel = config.parallel
-    mesh = init_mesh(
-        world,
-        accelerator.device(world.local_rank),
-        accelerator.backend,
-        parallel.timeout_seconds,
-        ulysses=parallel.ulysses,
-        ring=parallel.ring,
-    )
-    run_dir = Comm(mesh).broadcast_object(config.run.dir)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=run_dir))
-    trainer = None
+    parallel, trainer = config.parallel, None
     try:
+        mesh = init_mesh(
+            world,
+            accelerator.device(world.local_rank),
+            accelerator.backend,
+            parallel.timeout_seconds,
+            ulysses=parallel.ulysses,
+            ring=parallel.ring,
+        )
+        comm = Comm(mesh, recorder=FlightRecorder(None, mesh.rank, mesh.world_size))
+        run_dir = comm.broadcast_object(config.run.dir, "the run directory")
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=run_dir))
         trainer = Trainer(config, mesh, accelerator)
         trainer.fit()
     except (RunFailedError, CheckpointWriteError) as error:
@@ -63,6 +68,10 @@ def run_rank(config: Config, accelerator: Accelerator, world: World) -> int:
             trainer.recorder.fail(interrupted=False)
         return FAILED
     except BaseException as error:
+        if isinstance(error, CommunicationError):
+            # Every rank tells its own; its log says which rank it is, unless it is the first.
+            text = str(error).removeprefix(f"rank {world.rank}: " if world.rank else "")
+            logger.error("%s\n  last complete checkpoint: %s", text, last_checkpoint(config))
         if trainer is not None:
             trainer.recorder.fail(interrupted=isinstance(error, KeyboardInterrupt))
         raise
@@ -74,6 +83,8 @@ def run_rank(config: Config, accelerator: Accelerator, world: World) -> int:
 
 def last_checkpoint(config: Config) -> str:
     """Return the newest complete checkpoint of a run, for messages."""
+    if config.run.dir is None:
+        return "unknown, the first rank has not told the run directory"
     store = CheckpointStore(Path(str(config.run.dir)) / "checkpoints", config.checkpoint.keep)
     steps = store.steps()
     return str(store.folder / f"step_{steps[-1]:08d}") if steps else "none was written"

@@ -27,6 +27,7 @@ def train(tree: dict[str, Any]) -> int:
     config = build(Config, tree)
     from cluster.accelerators import load_accelerator
     from cluster.launch import FAILED, last_checkpoint, launch
+    from parallel.flight_recorder import CommunicationError
     from parallel.mesh import read_world
     from trainer.checks import check_config
     from trainer.data import prepare
@@ -46,6 +47,8 @@ def train(tree: dict[str, Any]) -> int:
     prepare(config.data)
     try:
         return launch(config, accelerator)
+    except CommunicationError:
+        return FAILED  # told by the rank
     except Exception:
         logger.exception("the run failed; last complete checkpoint: %s", last_checkpoint(config))
         return FAILED

@@ -313,7 +313,7 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class BenchConfig:
-    suite: Literal["train_step", "ops", "compile", "tune"]
+    suite: Literal["train_step", "ops", "sequence", "compile", "tune"]
     out: str | None
     """File for the JSON rows; null: print only."""
     operators: list[str]
@@ -330,5 +330,7 @@ class BenchConfig:
     dtype: Literal["float32", "bfloat16"]
     seq_len: PositiveInt
     micro_batch_size: PositiveInt
+    ranks: list[PositiveInt]
+    """Numbers of ranks of suite sequence, beside one rank."""
     accelerator: AcceleratorConfig
     model: ModelConfig

@@ -11,6 +11,7 @@ from conf.schema import LayerConfig, ModelConfig, OpsConfig, SpikeConfig
 from models.cache import MixerCache
 from models.layers import RMSNorm, SwiGLU
 from models.mixers import Mixer
+from models.spiking import spike_encoders
 from ops.cross_entropy import linear_cross_entropy
 from parallel.recompute import run_recomputed
 from parallel.sequence import SequenceContext
@@ -172,6 +173,8 @@ class CausalLM(nn.Module):
         self.head = Head(config.hidden_size, config.vocab_size, ops.cross_entropy)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
+        for encoder in spike_encoders(self).values():
+            encoder.num_sinks = config.num_sinks
 
     def forward(
         self, tokens: torch.Tensor, labels: torch.Tensor, context: SequenceContext
@@ -222,11 +225,20 @@ class CausalLM(nn.Module):
     def decode(
         self, token: torch.Tensor, cache: list[dict[str, MixerCache]], position: int
     ) -> torch.Tensor:
-        """Return the logits [B, vocab] that follow `token` [B, 1] at `position`."""
+        """Return the logits [B, vocab] that follow `token` [B, 1] at `position`.
+
+        Raises:
+            ValueError: there are sinks and no prompt, with which they enter the cache.
+        """
+        if self.sinks is not None and position == 0:
+            raise ValueError(
+                f"position=0 finds no sinks in the cache (model.num_sinks={self.config.num_sinks});"
+                " give the first token to prefill"
+            )
         x = self.embed(token)
         for layer, entry in zip(self.layers, cache, strict=True):
             assert isinstance(layer, Layer)
-            x = layer.decode(x, entry, position)
+            x = layer.decode(x, entry, self.config.num_sinks + position)
         return self.head.logits(self.norm(x[:, -1]))
 
     def reset_parameters(self, seed: int) -> None:

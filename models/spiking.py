@@ -32,6 +32,8 @@ class SpikeEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.impl = impl
+        self.num_sinks = 0
+        """First rows of a training pass that statistics leave out: every rank has the same ones."""
         self.histogram: torch.Tensor | None = None
         """float64 [MAX_COUNT + 1]: how often each |count| occurred since `take_histogram`."""
 
@@ -41,7 +43,7 @@ class SpikeEncoder(nn.Module):
         count, threshold = spike_count(x, self.config.k, impl=self.impl)
         # A forward pass that runs again inside the backward pass (recomputation) was seen before.
         if self.training and torch._C._current_graph_task_id() == -1:
-            self._observe(count.detach())
+            self._observe(count.detach()[..., self.num_sinks :, :])
         return Spikes(count, threshold)
 
     def take_histogram(self) -> torch.Tensor:

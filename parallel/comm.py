@@ -7,7 +7,7 @@ Tensors travel as bytes, so that every backend takes every dtype.
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -101,6 +101,7 @@ class Comm:
         sends: Mapping[int, torch.Tensor],
         receives: Mapping[int, torch.Tensor],
         axis: Axis,
+        part: str = "",
     ) -> "Exchange":
         """Start to send to and receive from ranks of the axis; `wait` on what is returned.
 
@@ -108,6 +109,7 @@ class Comm:
             collective: its name in the ledger.
             sends: contiguous tensors by index in the axis; they must not change until the wait.
             receives: contiguous tensors to fill, by index in the axis.
+            part: which part of the collective it is, for messages, such as "step 1 of 3".
         """
         work = [
             dist.P2POp(operation, _as_bytes(x), axis.ranks[index], axis.group)
@@ -116,45 +118,48 @@ class Comm:
             if x.numel()
         ]
         num_bytes = sum(_count_bytes(x) for x in sends.values())
-        what = self._name(collective, axis.name)
-        with self.recorder.watch(f"{what}, start"):
+        name = self._name(collective, axis.name, part)
+        with self.recorder.watch(f"the start of {name}", is_noted=False):
             handles = dist.batch_isend_irecv(work) if work else []
-        return Exchange(self, collective, axis, num_bytes, handles, (sends, receives))
+        entry = self._entry(axis, collective, num_bytes, part=part)
+        return Exchange(entry, handles, (sends, receives))
 
     def settle(self, axis: Axis) -> None:
         """Synchronise as `sync` says; every rank of the axis calls it after an algorithm."""
         if self.sync == "none" or axis.size == 1:
             return
         if self.mesh.device.type != "cpu":
-            torch.accelerator.synchronize(self.mesh.device)
+            with self.recorder.watch(self._name("wait for the device", axis.name), is_pure=False):
+                torch.accelerator.synchronize(self.mesh.device)
         if self.sync == "barrier":
             with self._entry(axis, "barrier", 0):
                 dist.barrier(group=axis.group)
 
-    def broadcast_object(self, value: str | None) -> str | None:
+    def broadcast_object(self, value: str | None, name: str = "an object") -> str | None:
         """Return rank 0's `value` on every rank of the world; every rank must call."""
         if self.mesh.world_size == 1:
             return value
         box = [value]
-        with self.recorder.watch("broadcast of an object"):
+        with self.recorder.watch(f"broadcast of {name}"):
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
     @contextmanager
     def _entry(
-        self, axis: Axis, collective: str, num_bytes: int, name: str | None = None
+        self, axis: Axis, collective: str, num_bytes: int, name: str | None = None, part: str = ""
     ) -> Iterator[None]:
         """Time a collective and note it."""
         name = name or axis.name
         start = time.perf_counter()
-        with self.recorder.watch(self._name(collective, name)):
+        with self.recorder.watch(self._name(collective, name, part)):
             yield
         seconds = time.perf_counter() - start
         self.ledger.record(name, collective, num_bytes, seconds, kind=self.kind)
 
-    def _name(self, collective: str, axis: str) -> str:
+    def _name(self, collective: str, axis: str, part: str = "") -> str:
+        what = f"{collective}, {part}," if part else collective
         place = f" of {self.layer} ({self.kind})" if self.layer else ""
-        return f"{collective}{place} on axis {axis}"
+        return f"{what}{place} on axis {axis}"
 
 
 class Exchange:
@@ -162,15 +167,11 @@ class Exchange:
 
     def __init__(
         self,
-        comm: Comm,
-        collective: str,
-        axis: Axis,
-        num_bytes: int,
+        entry: AbstractContextManager[None],
         handles: list[dist.Work],
         tensors: tuple[Mapping[int, torch.Tensor], Mapping[int, torch.Tensor]],
     ) -> None:
-        self._comm, self._collective, self._axis = comm, collective, axis
-        self._num_bytes, self._handles = num_bytes, handles
+        self._entry, self._handles = entry, handles
         self._tensors = tensors  # must live until the messages have gone
 
     def wait(self) -> None:
@@ -179,7 +180,7 @@ class Exchange:
         Raises:
             CommunicationError: a rank died, or the timeout of the axis has passed.
         """
-        with self._comm._entry(self._axis, self._collective, self._num_bytes):
+        with self._entry:
             for handle in self._handles:
                 handle.wait()
 

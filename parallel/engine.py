@@ -6,11 +6,13 @@ tokens is scaled by world_size / global token count before `backward`.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
 import deepspeed.comm
 import torch
+import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -21,6 +23,7 @@ from deepspeed.utils import (
 from torch import nn
 
 from conf.schema import OptimConfig, ParallelConfig
+from parallel.flight_recorder import FlightRecorder
 from parallel.ledger import Ledger
 from parallel.mesh import Mesh
 
@@ -38,9 +41,11 @@ class Engine:
         parallel: ParallelConfig,
         optim: OptimConfig,
         mesh: Mesh,
+        recorder: FlightRecorder,
         grad_accum_steps: int,
         micro_batch_size: int,
     ) -> None:
+        self.recorder = recorder
         self.zero_stage = parallel.zero_stage
         self.max_grad_norm = optim.max_grad_norm
         self.mesh = mesh
@@ -49,12 +54,15 @@ class Engine:
         # Its shared-memory collective compiles for half a minute at first use; gloo does the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=_deepspeed_config(parallel, optim, mesh, grad_accum_steps, micro_batch_size),
-            dist_init_required=False,
-        )
+        # DeepSpeed's own copy of this group would wait half an hour for a rank that is gone.
+        deepspeed.utils.groups._WORLD_GROUP = dist.group.WORLD
+        with self._watch("start of DeepSpeed"):
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=_deepspeed_config(parallel, optim, mesh, grad_accum_steps, micro_batch_size),
+                dist_init_required=False,
+            )
         self._optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
         for tensor in self._optimized_tensors():
             # Made at once rather than at the first step: DeepSpeed links to what is there then.
@@ -68,11 +76,15 @@ class Engine:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the model's forward pass."""
-        return self._engine(*inputs)
+        if self.zero_stage < 3:
+            return self._engine(*inputs)
+        with self._watch("parameter gather of the forward pass"):
+            return self._engine(*inputs)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`; the `last` micro batch of a step reduces over the ranks."""
-        self._engine.backward(loss, scale_wrt_gas=False)
+        with self._watch("gradient reduction of the backward pass"):
+            self._engine.backward(loss, scale_wrt_gas=False)
         if not last:
             self._engine.step()  # counts the micro batch, applies nothing
 
@@ -93,7 +105,8 @@ class Engine:
                 self.model.zero_grad(set_to_none=True)
             elif norm > self.max_grad_norm:
                 torch._foreach_mul_(gradients, self.max_grad_norm / (norm + 1e-6))
-        self._engine.step()
+        with self._watch("optimizer step"):
+            self._engine.step()
         if self.zero_stage > 0:
             norm = float(self._engine.get_global_grad_norm() or 0.0)
             if getattr(self._engine.optimizer, "overflow", False):
@@ -104,14 +117,20 @@ class Engine:
         """Move what DeepSpeed sent since the last call into the ledger, under `axis`."""
         log = deepspeed.comm.comm.comms_logger.comms_dict
         for operation, sizes in log.items():
-            factor = _bytes_sent_factor(operation, self.mesh.world_size)
             # The latencies are readings of one running timer per operation, in milliseconds.
             elapsed = max((max(record[1]) for record in sizes.values()), default=0.0) / 1000
             seconds = elapsed - self._comm_seconds.get(operation, 0.0)
             self._comm_seconds[operation] = elapsed
-            num_bytes = sum(size * record[0] for size, record in sizes.items())
-            calls = sum(record[0] for record in sizes.values())
-            ledger.record(axis, operation, int(num_bytes * factor), seconds, calls)
+            logged: dict[str, list[int]] = {}
+            for size, record in sizes.items():
+                total = logged.setdefault(_payload_kind(operation, size), [0, 0])
+                total[0] += record[0]
+                total[1] += record[0] * size
+            largest = max(logged, key=lambda kind: logged[kind][1])
+            for kind, (calls, num_bytes) in logged.items():
+                sent = _bytes_sent(operation, num_bytes, self.mesh.world_size)
+                waited = seconds if kind == largest else 0.0
+                ledger.record(axis, operation, sent, waited, calls, kind if axis == "dp" else "")
         log.clear()
 
     def full_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
@@ -120,7 +139,9 @@ class Engine:
         A collective under ZeRO: every rank must run through all of it, one parameter at a time.
         """
         for name, parameter in self.model.named_parameters():
-            yield name, self._full_tensors(parameter)
+            with self._watch(f"gather of {name}"):
+                tensors = self._full_tensors(parameter)
+            yield name, tensors
 
     def load_moments(self, step: int, moments: Callable[[str, str], torch.Tensor]) -> None:
         """Put back the optimizer's moments (the parameters are loaded before the engine starts).
@@ -148,6 +169,10 @@ class Engine:
                 else:
                     safe_set_full_optimizer_state(parameter, value, moment)
 
+    def _watch(self, what: str) -> AbstractContextManager[None]:
+        """Note what DeepSpeed does; if one of its collectives fails, all ranks' notes are told."""
+        return self.recorder.watch(f"{what} (DeepSpeed, ZeRO {self.zero_stage})", is_pure=False)
+
     def _full_tensors(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
         if self.zero_stage == 0:
             state = self._optimizer.state[parameter]
@@ -167,17 +192,24 @@ class Engine:
         return list(wrapper.single_partition_of_fp32_groups)
 
 
-def _bytes_sent_factor(operation: str, size: int) -> float:
-    """Bytes a rank sends per byte of the logged tensor, for ring algorithms over `size` ranks."""
-    if size == 1:
-        return 0.0
+def _payload_kind(operation: str, size: int) -> str:
+    """Name what a collective of DeepSpeed carries in a step; one or two numbers are no gradient."""
+    if not size:
+        return ""
+    if size <= 8:
+        return "scalars"
+    return "gradients" if "reduce" in operation else "parameters"
+
+
+def _bytes_sent(operation: str, num_bytes: int, size: int) -> int:
+    """Return the bytes a rank sends of tensors logged with `num_bytes`, by rings over the ranks."""
     if "all_reduce" in operation:
-        return 2 * (size - 1) / size
+        return 2 * (size - 1) * num_bytes // size
     if "broadcast" in operation:
-        return 1 / size  # one of `size` ranks sends it
+        return (size > 1) * num_bytes // size  # one of `size` ranks sends it
     if "all_gather" in operation:
-        return (size - 1) / size  # logged with the size of the gathered tensor
-    return (size - 1) / size
+        return (size - 1) * num_bytes  # logged with the size of the rank's own part
+    return (size - 1) * num_bytes // size
 
 
 def _deepspeed_config(

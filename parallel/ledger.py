@@ -1,6 +1,8 @@
 """The communication ledger: calls and bytes sent by this rank, per axis, collective and kind."""
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
 
 
 @dataclass
@@ -50,36 +52,78 @@ class Ledger:
         """Return the seconds spent in collectives so far."""
         return sum(entry.seconds for entry in self.entries.values())
 
-    def summary(self) -> dict[str, dict[str, dict[str, object]]]:
+    def dump(self) -> str:
+        """Return all entries as text, for another rank to `load`."""
+        rows = [[*key, *astuple(entry)] for key, entry in self.entries.items()]
+        return json.dumps([self.steps, rows])
+
+    @classmethod
+    def load(cls, text: str) -> "Ledger":
+        """Return the ledger of a `dump`."""
+        steps, rows = json.loads(text)
+        return cls({tuple(row[:3]): Entry(*row[3:]) for row in rows}, steps)
+
+    def summary(self, ledgers: Sequence["Ledger"] = ()) -> dict[str, dict[str, dict[str, object]]]:
         """Return {axis: {collective: figures}}: calls, bytes and seconds, whole and per step.
 
-        `by_kind` holds the same figures for each kind of layer that asked for the collective.
+        `by_kind` holds the same figures for each kind of layer that asked for the collective, and
+        `all_ranks`, in either, what the ranks sent together.
+
+        Args:
+            ledgers: of all ranks, this one's included.
         """
-        whole: dict[tuple[str, str], Entry] = {}
-        kinds: dict[tuple[str, str], dict[str, object]] = {}
-        for (axis, collective, kind), entry in sorted(self.entries.items()):
-            whole.setdefault((axis, collective), Entry()).add(entry)
-            if kind:
-                kinds.setdefault((axis, collective), {})[kind] = self._figures(entry)
+        totals, steps = [ledger._totals() for ledger in ledgers], max(self.steps, 1)
         result: dict[str, dict[str, dict[str, object]]] = {}
-        for (axis, collective), entry in whole.items():
-            by_kind = kinds.get((axis, collective), {})
-            figures = self._figures(entry) | ({"by_kind": by_kind} if by_kind else {})
-            result.setdefault(axis, {})[collective] = figures
+        for (axis, collective, kind), entry in sorted(self._totals().items()):
+            figures = _figures(entry, steps)
+            if ledgers:
+                key = (axis, collective, kind)
+                figures["all_ranks"] = _over_ranks([t.get(key, Entry()) for t in totals], steps)
+            whole = result.setdefault(axis, {}).setdefault(collective, figures)
+            if kind:
+                kinds = whole.setdefault("by_kind", {})
+                assert isinstance(kinds, dict)
+                kinds[kind] = figures
         return result
+
+    def _totals(self) -> dict[tuple[str, str, str], Entry]:
+        """Return the entries of kinds of layers, and under the empty kind the sum of all."""
+        totals: dict[tuple[str, str, str], Entry] = {}
+        for (axis, collective, kind), entry in self.entries.items():
+            if kind:
+                totals[axis, collective, kind] = entry
+            totals.setdefault((axis, collective, ""), Entry()).add(entry)
+        for (axis, collective, _), entry in self.entries.items():
+            if entry.predicted_bytes is None:  # what is foreseen of the whole is not all of it
+                totals[axis, collective, ""].predicted_bytes = None
+        return totals
 
     def _entry(self, axis: str, collective: str, kind: str) -> Entry:
         return self.entries.setdefault((axis, collective, kind), Entry())
 
-    def _figures(self, entry: Entry) -> dict[str, object]:
-        steps = max(self.steps, 1)
-        predicted = entry.predicted_bytes
-        return {
-            "calls_per_step": entry.calls / steps,
-            "bytes_per_step": entry.bytes / steps,
-            "predicted_bytes_per_step": None if predicted is None else predicted / steps,
-            "seconds_per_step": entry.seconds / steps,
-            "calls": entry.calls,
-            "bytes": entry.bytes,
-            "predicted_bytes": predicted,
-        }
+
+def _figures(entry: Entry, steps: int) -> dict[str, object]:
+    predicted = entry.predicted_bytes
+    return {
+        "calls_per_step": entry.calls / steps,
+        "bytes_per_step": entry.bytes / steps,
+        "predicted_bytes_per_step": None if predicted is None else predicted / steps,
+        "seconds_per_step": entry.seconds / steps,
+        "calls": entry.calls,
+        "bytes": entry.bytes,
+        "predicted_bytes": predicted,
+    }
+
+
+def _over_ranks(entries: list[Entry], steps: int) -> dict[str, object]:
+    """Return the figures of one collective over the ranks."""
+    num_bytes = [entry.bytes for entry in entries]
+    predicted = [entry for entry in entries if entry.predicted_bytes is not None]
+    return {
+        "bytes_per_step": sum(num_bytes) / steps,
+        "most_bytes_per_step": max(num_bytes) / steps,
+        "most_seconds_per_step": max(entry.seconds for entry in entries) / steps,
+        "bytes": sum(num_bytes),
+        "predicted_bytes": sum(e.predicted_bytes or 0 for e in predicted) if predicted else None,
+        "ranks_off": sum(e.bytes != e.predicted_bytes for e in predicted) if predicted else None,
+    }

@@ -2,11 +2,18 @@
 
 import atexit
 import os
+import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from parallel.flight_recorder import CommunicationError, is_of_a_group
+
+MEETING_PLACE = ("MASTER_ADDR", "MASTER_PORT")
+"""Where the ranks find each other."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ def read_world() -> World:
         ) from error
     if not 0 <= world.rank < world.world_size:
         raise ValueError(f"RANK={world.rank} must be in 0..WORLD_SIZE-1={world.world_size - 1}")
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing = [name for name in MEETING_PLACE if name not in os.environ]
     if missing and world.world_size > 1:
         raise ValueError(
             f"WORLD_SIZE={world.world_size} needs {' and '.join(missing)}, where the ranks meet; "
@@ -118,18 +125,66 @@ def init_mesh(
         timeout_seconds: longest wait in one collective.
         ulysses: neighbouring ranks that exchange heads for tokens.
         ring: places of the ring; ulysses * ring divides the world.
+
+    Raises:
+        CommunicationError: not all ranks came in time.
     """
-    if not dist.is_initialized():
-        atexit.register(close_mesh)
-        timeout = timedelta(seconds=timeout_seconds)
-        if world.world_size == 1:
-            dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-            )
-        else:
-            dist.init_process_group(
-                backend, rank=world.rank, world_size=world.world_size, timeout=timeout
-            )
+    try:
+        if not dist.is_initialized():
+            _join(world, backend, timeout_seconds)
+        return _build_mesh(world, device, timeout_seconds, ulysses, ring)
+    except (RuntimeError, OSError) as error:
+        if not isinstance(error, OSError) and not is_of_a_group(error):
+            raise
+        place = " ".join(f"{name}={os.environ.get(name)}" for name in MEETING_PLACE)
+        raise CommunicationError(
+            f"rank {world.rank}: the {world.world_size} ranks did not all meet at {place} within "
+            f"parallel.timeout_seconds={timeout_seconds:g}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def close_mesh() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join(world: World, backend: str, timeout_seconds: float) -> None:
+    """Make the process group of the world."""
+    atexit.register(close_mesh)
+    timeout = timedelta(seconds=timeout_seconds)
+    if world.world_size == 1:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+        return
+    if world.rank:
+        _await_meeting_place(timeout_seconds)
+    dist.init_process_group(backend, rank=world.rank, world_size=world.world_size, timeout=timeout)
+
+
+def _await_meeting_place(timeout_seconds: float) -> None:
+    """Return when rank 0, or torchrun, listens: PyTorch waits in turns that can exceed the limit.
+
+    Raises:
+        OSError: nobody did in time.
+    """
+    host, port = (os.environ[name] for name in MEETING_PLACE)
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            socket.create_connection((host, int(port)), timeout=max(0.1, left)).close()
+            return
+        except OSError:
+            if left <= 0:
+                raise
+        time.sleep(0.02)
+
+
+def _build_mesh(
+    world: World, device: torch.device, timeout_seconds: float, ulysses: int, ring: int
+) -> Mesh:
     ranks = torch.arange(world.world_size).view(-1, ring, ulysses)
     groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
@@ -155,12 +210,6 @@ def init_mesh(
         ring=build_axis("ring", ranks.transpose(1, 2).reshape(-1, ring)),
         ulysses=build_axis("ulysses", ranks.reshape(-1, ulysses)),
     )
-
-
-def close_mesh() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _group(members: tuple[int, ...], world: World, timeout_seconds: float) -> dist.ProcessGroup:

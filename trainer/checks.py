@@ -1,13 +1,17 @@
 """Checks across sections of a config, all made before any process or device is touched."""
 
+import dataclasses
 import math
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from conf.schema import Config
+from conf.schema import Config, ParallelConfig
+from models.mixers.softmax_attention import SoftmaxAttentionConfig
 from ops.catalog import OPERATORS
 from ops.registry import explain
+from parallel.sequence.all_to_all import plan_heads
 from trainer.accelerator import Accelerator
 from trainer.checkpoint import resolve, verify
 from trainer.data import check_data, load_tokenizer
@@ -22,6 +26,7 @@ def check_config(config: Config, accelerator: Accelerator, world_size: int) -> N
     _check_parallel(config, world_size)
     _check_batch(config, world_size)
     _check_model(config)
+    _check_sequence(config, world_size)
     _check_optim(config)
     _check_device(config, accelerator)
     _check_resume(config)
@@ -49,16 +54,17 @@ def _check_parallel(config: Config, world_size: int) -> None:
                 f"data and sequence axes only; use parallel.{axis}=1"
             )
     sp_size = parallel.ulysses * parallel.ring
+    ranks = f"{world_size} ranks that launcher={launcher.name} gives"
     if world_size % sp_size:
+        remedies = _near_worlds(config, world_size) + _near_degrees(config, world_size)
         raise ValueError(
             f"parallel.ulysses={parallel.ulysses} x parallel.ring={parallel.ring} must divide the "
-            f"{world_size} ranks that launcher={launcher.name} gives"
+            f"{ranks}; use {' or '.join(remedies)}"
         )
     if parallel.dp is not None and parallel.dp * sp_size != world_size:
         raise ValueError(
-            f"parallel.dp={parallel.dp} x {sp_size} sequence ranks must equal the {world_size} "
-            f"ranks that launcher={launcher.name} gives; use parallel.dp={world_size // sp_size} "
-            "or null"
+            f"parallel.dp={parallel.dp} x {sp_size} sequence ranks must equal the {ranks}; use "
+            f"parallel.dp={world_size // sp_size} or null"
         )
     needed = {"none": 0, "optimizer": 1, "all": 3}[parallel.offload]
     if parallel.zero_stage < needed:
@@ -66,6 +72,118 @@ def _check_parallel(config: Config, world_size: int) -> None:
             f"parallel.offload={parallel.offload} needs parallel.zero_stage of {needed} at least, "
             f"not {parallel.zero_stage}; use parallel.zero_stage={needed} or parallel.offload=none"
         )
+
+
+def _check_sequence(config: Config, world_size: int) -> None:
+    """Refuse more sequence ranks than heads or tokens can be shared among."""
+    parallel, data = config.parallel, config.data
+    for name, mixer in _full_attention(config).items():
+        try:
+            plan_heads(mixer.num_heads, mixer.num_kv_heads, parallel.ulysses)
+        except ValueError as error:
+            reason = str(error).partition(";")[0]
+            remedies = " or ".join(_near_degrees(config, world_size))
+            raise ValueError(f"model.mixers.{name}: {reason}; use {remedies}") from error
+    needed = _count_segments(parallel)
+    if data.seq_len * data.micro_batch_size < needed:
+        remedies = [f"data.seq_len={math.ceil(needed / data.micro_batch_size)}"]
+        contiguous = _replace_parallel(config, layout="contiguous")
+        if _fits(contiguous, world_size):
+            remedies.append("parallel.layout=contiguous")
+        raise ValueError(
+            f"data.seq_len={data.seq_len} x data.micro_batch_size={data.micro_batch_size} tokens "
+            f"must be {needed} at least, one for each segment that parallel.ulysses="
+            f"{parallel.ulysses} x parallel.ring={parallel.ring} in parallel.layout="
+            f"{parallel.layout} has; use "
+            + " or ".join(remedies + _near_degrees(config, world_size))
+        )
+
+
+def _fits(config: Config, world_size: int) -> bool:
+    """Return whether the degrees of parallelism suit the ranks, the batch and the model."""
+    parallel, data = config.parallel, config.data
+    dp_size, rest = divmod(world_size, parallel.ulysses * parallel.ring)
+    if rest or parallel.dp not in (None, dp_size):
+        return False
+    if data.global_batch_size % (data.micro_batch_size * dp_size):
+        return False
+    if data.seq_len * data.micro_batch_size < _count_segments(parallel):
+        return False
+    try:
+        for mixer in _full_attention(config).values():
+            plan_heads(mixer.num_heads, mixer.num_kv_heads, parallel.ulysses)
+    except ValueError:
+        return False
+    return True
+
+
+def _near_degrees(config: Config, world_size: int) -> list[str]:
+    """Return overrides for the two nearest degrees that fit, first of all as many ranks."""
+    parallel = config.parallel
+    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+
+    def distance(choice: tuple[int, int]) -> tuple[bool, float]:
+        ulysses, ring = choice[0] / parallel.ulysses, choice[1] / parallel.ring
+        return ulysses * ring != 1, abs(math.log(ulysses)) + abs(math.log(ring))
+
+    choices = [
+        (ulysses, ring)
+        for ulysses in divisors
+        for ring in divisors
+        if _fits(_replace_parallel(config, ulysses=ulysses, ring=ring), world_size)
+    ]
+    overrides = []
+    for ulysses, ring in sorted(choices, key=distance)[:2]:
+        changed = [f"parallel.ulysses={ulysses}"] if ulysses != parallel.ulysses else []
+        changed += [f"parallel.ring={ring}"] if ring != parallel.ring else []
+        overrides.append(" ".join(changed))
+    return overrides
+
+
+def _near_worlds(config: Config, world_size: int) -> list[str]:
+    """Return what gives a near number of ranks that fits the degrees."""
+    sp_size = config.parallel.ulysses * config.parallel.ring
+    first = config.parallel.dp or max(1, world_size // sp_size)
+    sizes = [n * sp_size for n in (first, first + 1) if _fits(config, n * sp_size)] or [sp_size]
+    key = {
+        "inline": "launcher=ray launcher.num_workers=",
+        "ray": "launcher.num_workers=",
+        "env": "WORLD_SIZE=",
+    }[config.launcher.name]
+    return [f"{key}{size}" for size in sizes]
+
+
+def _count_segments(parallel: ParallelConfig) -> int:
+    """Return the segments that all ranks of a sequence hold together."""
+    is_zigzag = parallel.layout == "zigzag" and parallel.ring > 1
+    return parallel.ulysses * parallel.ring * (2 if is_zigzag else 1)
+
+
+def _full_attention(config: Config) -> dict[str, SoftmaxAttentionConfig]:
+    """Return the mixers of full attention that a layer has, whose heads Ulysses shares out."""
+    used = {name for layer in config.model.layers for name in layer.mixers}
+    return {
+        name: mixer
+        for name, mixer in config.model.mixers.items()
+        if name in used and isinstance(mixer, SoftmaxAttentionConfig) and mixer.window_size is None
+    }
+
+
+def _replace_parallel(
+    config: Config,
+    *,
+    ulysses: int | None = None,
+    ring: int | None = None,
+    layout: Literal["contiguous", "zigzag"] | None = None,
+) -> Config:
+    given = config.parallel
+    parallel = dataclasses.replace(
+        given,
+        ulysses=ulysses or given.ulysses,
+        ring=ring or given.ring,
+        layout=layout or given.layout,
+    )
+    return dataclasses.replace(config, parallel=parallel)
 
 
 def _check_batch(config: Config, world_size: int) -> None:

@@ -1,9 +1,10 @@
 """Model FLOPs by walking the layer list, and the peak to hold them against.
 
 Definition (the README repeats it): projections, FFN, gate and head 2 x parameters per token, the
-embedding lookup nothing; causal softmax 4 H D per visible pair; linear attention
-2 D_k D_v (H_state + H) per token. Training is 3 x forward. Recomputation and what chunked kernels
-spend beyond the definition count as hardware FLOPs only.
+embedding lookup nothing; causal softmax 4 H D per visible pair, pairs with sinks included; linear
+attention 2 D_k D_v (H_state + H) per token. Training is 3 x forward. Recomputation and what chunked
+kernels spend beyond the definition count as hardware FLOPs only. The rows of the sinks themselves,
+which each rank computes once per micro batch whatever its documents, count nowhere.
 """
 
 import time
@@ -31,6 +32,7 @@ class FlopCounter:
 
     def __init__(self, model: CausalLM, recompute: str) -> None:
         self.recompute = recompute
+        self.num_sinks = model.config.num_sinks
         self.head_weights = model.head.weight.numel()
         self.layers = []
         for layer in model.layers:
@@ -52,10 +54,10 @@ class FlopCounter:
         ffn_passes = 4 if hardware and self.recompute in ("full", "selective") else 3
         flops: dict[str, float] = defaultdict(float)
         for layer in self.layers:
-            mixing = sum(m.mixing_flops(doc_lengths) for m in layer.mixers)
+            mixing = sum(m.mixing_flops(doc_lengths, self.num_sinks) for m in layer.mixers)
             flops[layer.kind] += mixer_passes * (2 * layer.mixer_weights * tokens + mixing)
             for mixer in layer.mixers if hardware else ():
-                forward, backward = mixer.extra_flops(doc_lengths)
+                forward, backward = mixer.extra_flops(doc_lengths, self.num_sinks)
                 flops[layer.kind] += (mixer_passes - 2) * forward + backward
             flops["ffn"] += ffn_passes * 2 * layer.ffn_weights * tokens
         flops["head_and_loss"] += 3 * 2 * self.head_weights * tokens
@@ -77,6 +79,8 @@ def parameters_by_kind(model: CausalLM) -> dict[str, int]:
         norms = layer.mixer_norm.weight.numel() + layer.ffn_norm.weight.numel()
         counts["embedding_and_norms"] += norms
     counts["embedding_and_norms"] += model.embed.weight.numel() + model.norm.weight.numel()
+    if model.sinks is not None:
+        counts["embedding_and_norms"] += model.sinks.weight.numel()
     if model.head.weight is not model.embed.weight:
         counts["head_and_loss"] += model.head.weight.numel()
     return dict(counts)

@@ -31,6 +31,7 @@ from trainer.checkpoint import (
 )
 from trainer.data import Batch, TokenDataset, micro_batches, prepare, validation_batches
 from trainer.flops import FlopCounter, measure_peak_flops, parameters_by_kind
+from trainer.forecast import Forecast
 from trainer.optim import build_optimizer, learning_rate
 from trainer.profiler import StepProfiler
 from trainer.progress import Progress
@@ -101,12 +102,17 @@ class Trainer:
         facts = RunFacts(parameters_by_kind(model), peak * mesh.world_size, accelerator)
         self.spikes = spike_encoders(model)
         self.profiler.watch(model)
+        optimizer = build_optimizer(model, config.optim)
+        self.forecast = Forecast(
+            model, optimizer, parallel=config.parallel, dtype=self.dtype, comm=self.comm
+        )
         self.engine = Engine(
             model,
-            build_optimizer(model, config.optim),
+            optimizer,
             parallel=config.parallel,
             optim=config.optim,
             mesh=mesh,
+            recorder=self.comm.recorder,
             grad_accum_steps=data.global_batch_size // (data.micro_batch_size * mesh.dp_size),
             micro_batch_size=data.micro_batch_size,
         )
@@ -115,7 +121,7 @@ class Trainer:
             self.engine.load_moments(
                 self.state.optimizer_steps, lambda moment, name: tensors.get(f"{moment}/{name}")
             )
-        self.recorder = Recorder(config, mesh, facts, self.ledger, self.profiler)
+        self.recorder = Recorder(config, self.comm, facts, self.profiler)
         self.recorder.start(self.state.step)
 
     def fit(self) -> None:
@@ -141,6 +147,7 @@ class Trainer:
                 if step % self.config.checkpoint.every == 0 or step == run.steps:
                     self.save_checkpoint()
         self.recorder.finish()
+        self.comm.recorder.close()
 
     def train_step(self) -> dict[str, Any]:
         """Take one optimizer step on the next global batch; every rank must call.
@@ -151,6 +158,7 @@ class Trainer:
         start = time.perf_counter()
         state = self.state
         state.step += 1
+        self.comm.recorder.step = state.step
         lr = learning_rate(self.config.optim, state.step, self.config.run.steps)
         with self.profiler.step(state.step % PROFILE_EVERY == 0):
             with self.profiler.kind("data"):
@@ -166,6 +174,7 @@ class Trainer:
         state.optimizer_steps += applied
         state.nonfinite_in_row = 0 if applied else state.nonfinite_in_row + 1
         self.engine.absorb_communication(self.ledger)
+        self.forecast.add_step(len(batches), applied=applied)
         loss = totals["loss"] / num_tokens
         record: dict[str, Any] = {
             "step": state.step,
@@ -204,6 +213,7 @@ class Trainer:
             sums += sums.new_tensor([float(loss_sum), float(num_valid), num_bytes])
         self.engine.model.train()
         loss, tokens, num_bytes = self._sum(sums).tolist()
+        self.engine.absorb_communication(self.ledger)  # ZeRO 3 gathers parameters
         return {
             "step": self.state.step,
             "val_loss": loss / tokens,
@@ -291,6 +301,7 @@ class Trainer:
         context = SequenceContext(layout, self.config.ops, self.comm, parallel.linear)
         tokens, labels = layout.shard(batch.tokens), layout.shard(batch.labels)
         loss_sum, num_valid = self.engine(tokens.to(device), labels.to(device), context)
+        self.forecast.add_pass("forward", layout)
         return loss_sum, num_valid
 
     def _layout(self, batch: Batch) -> SequenceLayout:
@@ -305,7 +316,8 @@ class Trainer:
 
     def _sum(self, x: torch.Tensor, name: str | None = None) -> torch.Tensor:
         """Return the sum over all ranks; every rank must call."""
-        return self.comm.all_reduce_sum(x, self.mesh.world, name)
+        comm = self.comm if name else self.comm.at(kind="metrics")
+        return comm.all_reduce_sum(x, self.mesh.world, name)
 
     def _accumulate(self, batches: list[Batch]) -> tuple[torch.Tensor, float]:
         """Run forward and backward of all micro batches.
@@ -325,6 +337,7 @@ class Trainer:
             poison = torch.where(loss.detach().isfinite(), 1.0, math.nan)
             scale = poison * (self.mesh.world_size / num_tokens)
             self.engine.backward(loss * scale, last=i == len(batches) - 1)
+            self.forecast.add_pass("backward", self._layout(batch))
             loss_sum += loss.detach().double()
         return loss_sum, num_tokens
 

@@ -16,8 +16,8 @@ import torch
 
 from conf.schema import Config
 from ops.spike import spike_statistics
+from parallel.comm import Comm
 from parallel.ledger import Ledger
-from parallel.mesh import Mesh
 from trainer.accelerator import Accelerator
 from trainer.profiler import StepProfiler
 from trainer.report import write_report
@@ -38,13 +38,11 @@ class RunFacts:
 
 
 class Recorder:
-    """Writes the record on rank 0; the other ranks' calls do nothing."""
+    """Writes the record on rank 0; the other ranks' calls tell it what they sent."""
 
-    def __init__(
-        self, config: Config, mesh: Mesh, facts: RunFacts, ledger: Ledger, profiler: StepProfiler
-    ) -> None:
-        self.config, self.mesh, self.facts = config, mesh, facts
-        self.ledger, self.profiler = ledger, profiler
+    def __init__(self, config: Config, comm: Comm, facts: RunFacts, profiler: StepProfiler) -> None:
+        self.config, self.facts, self.profiler = config, facts, profiler
+        self.comm, self.mesh, self.ledger = comm, comm.mesh, comm.ledger
         self.run_dir = Path(str(config.run.dir))
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl")
         self.pending: list[dict[str, Any]] = []
@@ -88,10 +86,10 @@ class Recorder:
             self._append(record)
 
     def log_evaluation(self, record: dict[str, Any]) -> None:
-        """Record one evaluation and bring profile.json and comm.json up to date."""
+        """Record one evaluation, bring profile.json and comm.json up to date; every rank calls."""
         if self.mesh.rank == 0:
             self._append(record)
-            self.write_profile()
+        self.write_profile()
 
     def sync(self) -> None:
         """Bring the metrics to the disk, before a checkpoint counts on them."""
@@ -105,10 +103,10 @@ class Recorder:
             self.pending = []
 
     def finish(self) -> None:
-        """Write the reports and close the record of a run that is done."""
+        """Write the reports and close the record of a run that is done; every rank must call."""
+        self.write_profile()
         if self.mesh.rank:
             return
-        self.write_profile()
         report = write_report(self.run_dir)
         (self.run_dir / FINISHED).touch()
         self.flush()
@@ -126,9 +124,15 @@ class Recorder:
             self.mlflow.end("KILLED" if interrupted else "FAILED")
 
     def write_profile(self) -> None:
-        """Write profile.json (what was measured, by kind of layer) and comm.json."""
+        """Write profile.json (what was measured, by kind of layer) and comm.json.
+
+        Every rank must call.
+        """
         if not self.ledger.steps:
             return  # a finished run, started again: what it has measured stays
+        ledgers = self._gather_ledgers()
+        if self.mesh.rank:
+            return
         steps = self.ledger.steps
         facts, accelerator = self.facts, self.config.accelerator
         vendor = accelerator.peak_flops.get(self.config.dtype)
@@ -155,7 +159,16 @@ class Recorder:
             "spikes": self._spikes(),
         }
         _write_json(self.run_dir / "profile.json", profile)
-        _write_json(self.run_dir / "comm.json", self.ledger.summary())
+        _write_json(self.run_dir / "comm.json", ledgers[0].summary(ledgers))
+
+    def _gather_ledgers(self) -> list[Ledger]:
+        """Return the ledgers of all ranks, in order; every rank must call."""
+        comm, world, device = self.comm.at(kind="record"), self.mesh.world, self.mesh.device
+        text = self.ledger.dump().encode()
+        sizes = comm.all_gather(torch.tensor(len(text), device=device), world).tolist()
+        padded = torch.frombuffer(bytearray(text.ljust(max(sizes))), dtype=torch.uint8)
+        rows = comm.all_gather(padded.to(device), world).cpu()
+        return [Ledger.load(bytes(row.tolist()).decode()) for row in rows]
 
     def _append(self, record: dict[str, Any]) -> None:
         self.metrics.append(record)

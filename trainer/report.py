@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from trainer import plots
+from trainer.communication import communication_table
 
 MFU_DEFINITION = (
     "MFU is model FLOPs / (median step time x peak FLOP/s of all devices of the run), where model "
@@ -164,6 +165,7 @@ def _build_report(files: RunFiles, folder: str) -> dict[str, Any]:
         "loss": _loss_section(files),
         "time_by_kind": _time_by_kind(profile) if profile else None,
         "communication": files.comm,
+        "communication_table": communication_table(files.comm, throughput["step_seconds"]),
         "spikes": _spike_section(profile),
         "skipped_steps": [
             {"step": step["step"], "reason": step.get("reason")}
@@ -283,7 +285,9 @@ def _render_page(report: dict[str, Any], files: RunFiles) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"si": _si, "size": _size, "percent": _percent, "num": _number}
+    environment.filters |= {
+        "si": _si, "size": _size, "percent": _percent, "num": _number, "ms": _milliseconds
+    }  # fmt: skip
     template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(
         report=report,
@@ -356,6 +360,10 @@ def _scaled(value: float | None, unit: str, base: int, prefixes: Sequence[str]) 
 
 def _percent(value: float | None, digits: int = 1) -> str:
     return NONE if value is None else f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return NONE if seconds is None else f"{1000 * seconds:,.3g} ms"
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from conf.schema import OpsConfig, SpikeConfig
 from models.cache import MixerCache
+from parallel.cost import SequenceCost, Traffic
 from parallel.sequence import SequenceContext
 
 
@@ -41,7 +42,11 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, x: torch.Tensor, cache: MixerCache, position: int) -> torch.Tensor:
-        """Mix one token `x` [B, 1, E] at `position` with what `cache` holds, and add it there."""
+        """Mix one token `x` [B, 1, E] with what `cache` holds, and add it there.
+
+        Args:
+            position: of the token in its document; sinks before it count.
+        """
 
     @abstractmethod
     def new_cache(self) -> MixerCache:
@@ -52,16 +57,21 @@ class Mixer(nn.Module, ABC):
         """Draw initial weights; `out_std` for the projection that writes to the residual."""
 
     @abstractmethod
-    def mixing_flops(self, doc_lengths: Sequence[int]) -> float:
+    def mixing_flops(self, doc_lengths: Sequence[int], num_sinks: int = 0) -> float:
         """Return the forward FLOPs beyond the projections (section 5 of the FLOP definition).
 
         Args:
             doc_lengths: tokens of each document.
+            num_sinks: sinks before each document; what the tokens spend on them counts.
         """
 
     @abstractmethod
-    def extra_flops(self, doc_lengths: Sequence[int]) -> tuple[float, float]:
+    def extra_flops(self, doc_lengths: Sequence[int], num_sinks: int = 0) -> tuple[float, float]:
         """Return what the kernels spend beyond `mixing_flops`, in forward and in backward.
 
         The backward pass of the model itself is 2 x forward.
         """
+
+    @abstractmethod
+    def traffic(self, cost: SequenceCost) -> Traffic:
+        """Return what this rank sends in a forward and a backward pass over a micro batch."""

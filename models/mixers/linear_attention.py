@@ -15,6 +15,7 @@ from models.mixers import Mixer
 from models.spiking import SpikeEncoder
 from ops.linear_attention import linear_attention_step
 from ops.linear_attention.torch_impl import CHUNK_SIZE
+from parallel.cost import SequenceCost, Traffic
 from parallel.sequence import SequenceContext, linear_attention
 
 
@@ -119,11 +120,15 @@ class LinearAttention(Mixer):
             projection.reset(std)
         self.o_proj.reset(out_std)
 
-    def mixing_flops(self, doc_lengths: Sequence[int]) -> float:
+    def mixing_flops(self, doc_lengths: Sequence[int], num_sinks: int = 0) -> float:
         heads = self.config.num_kv_heads + self.config.num_heads
         return 2.0 * self.config.head_dim**2 * heads * sum(doc_lengths)
 
-    def extra_flops(self, doc_lengths: Sequence[int]) -> tuple[float, float]:
+    def extra_flops(self, doc_lengths: Sequence[int], num_sinks: int = 0) -> tuple[float, float]:
         # Products of C x C inside a chunk: scores and output; their gradients and scores again.
         inside = 2.0 * CHUNK_SIZE * self.config.head_dim * self.config.num_heads * sum(doc_lengths)
         return 2 * inside, 5 * inside
+
+    def traffic(self, cost: SequenceCost) -> Traffic:
+        head_dim = self.config.head_dim
+        return cost.recurrent(self.config.num_kv_heads, head_dim, head_dim, "vector")

@@ -12,6 +12,7 @@ from models.layers import Projection
 from models.mixers import Mixer
 from models.spiking import SpikeEncoder
 from ops.rotary import rotary, rotary_table
+from parallel.cost import SequenceCost, Traffic
 from parallel.sequence import SequenceContext, attention
 
 
@@ -77,7 +78,7 @@ class SoftmaxAttention(Mixer):
         table = None if theta is None else context.rotary_table(head_dim, theta)
         q, k, v = self._project(x, table)
         if isinstance(cache, KeyValueCache):
-            cache.fill(k, v)
+            cache.fill(k, v, context.num_sinks)
         out = attention(q, k, v, context, window_size=self.config.window_size)
         return self.o_proj(self.encode_out(out.flatten(2)))
 
@@ -102,12 +103,16 @@ class SoftmaxAttention(Mixer):
             projection.reset(std)
         self.o_proj.reset(out_std)
 
-    def mixing_flops(self, doc_lengths: Sequence[int]) -> float:
-        pairs = 0
+    def mixing_flops(self, doc_lengths: Sequence[int], num_sinks: int = 0) -> float:
+        pairs = num_sinks * sum(doc_lengths)
         for length in doc_lengths:
             w = min(self.config.window_size or length, length)
             pairs += length * w - w * (w - 1) // 2
         return 4.0 * self.config.num_heads * self.config.head_dim * pairs
 
-    def extra_flops(self, doc_lengths: Sequence[int]) -> tuple[float, float]:
-        return 0.0, self.mixing_flops(doc_lengths) / 2  # the scores again
+    def extra_flops(self, doc_lengths: Sequence[int], num_sinks: int = 0) -> tuple[float, float]:
+        return 0.0, self.mixing_flops(doc_lengths, num_sinks) / 2  # the scores again
+
+    def traffic(self, cost: SequenceCost) -> Traffic:
+        c = self.config
+        return cost.attention(c.num_heads, c.num_kv_heads, c.head_dim, c.window_size)

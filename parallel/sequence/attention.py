@@ -40,6 +40,8 @@ def attention(
         return _attend_tokens(q, k, v, None, context, window_size)
     sizes = [context.num_sinks, q.shape[1] - context.num_sinks]
     (q_sinks, q), (k_sinks, k), (v_sinks, v) = (x.split(sizes, dim=1) for x in (q, k, v))
+    # A copy: what is kept for the backward pass would keep the tokens along with the sinks.
+    q_sinks, k_sinks, v_sinks = q_sinks.clone(), k_sinks.clone(), v_sinks.clone()
     impl = context.ops.attention
     out_sinks, _ = attention_op(q_sinks, k_sinks, v_sinks, causal=False, impl=impl)
     out = _attend_tokens(q, k, v, (k_sinks, v_sinks), context, window_size)

@@ -16,7 +16,8 @@ from parallel.recompute import Memory
 
 @dataclass(frozen=True)
 class SequenceContext:
-    """A mixer passes it on to the functions of this package and reads nothing but rotary tables.
+    """A mixer passes it on to the functions of this package and reads no more than rotary tables
+    and, to fill a cache, the number of sinks.
 
     Attributes:
         layout: the tokens of this rank.
@@ -33,7 +34,7 @@ class SequenceContext:
     linear: Literal["gather", "scan"] = "gather"
     num_sinks: int = 0
     memory: Memory | None = None
-    _tables: dict[tuple[int, float], tuple[torch.Tensor, torch.Tensor]] = field(
+    _tables: dict[tuple[int, int, float], tuple[torch.Tensor, torch.Tensor]] = field(
         default_factory=dict, compare=False
     )
 
@@ -54,7 +55,7 @@ class SequenceContext:
 
         Sinks stand before the first token of every document.
         """
-        key = (head_dim, theta)
+        key = (self.num_sinks, head_dim, theta)
         if key not in self._tables:
             sinks = torch.arange(self.num_sinks)
             positions = torch.cat([sinks, self.layout.position_ids() + self.num_sinks])

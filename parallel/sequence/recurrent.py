@@ -15,6 +15,7 @@ import torch
 from ops.delta_rule import delta_rule as delta_rule_op
 from ops.linear_attention import linear_attention as linear_attention_op
 from parallel.layout import Segment, SequenceLayout
+from parallel.recompute import run_recomputed
 from parallel.sequence.context import SequenceContext
 from parallel.sequence.end_state import end_state
 from parallel.sequence.states import enter_segments
@@ -117,8 +118,10 @@ def _summarize_decay(
     for rows, begins in _last_pieces(layout):
         piece = {name: x[:, rows.rows] for name, x in inputs.items()}
         end, total = end_state(piece["k"], piece["v"], piece.get("log_decay"))
-        if begins and begin is not None:
-            end = end + (begin[0] if total is None else total * begin[0])
+        if begin is not None:
+            # Times 0 elsewhere: the states must depend on the same tensors on every rank, or some
+            # would not take part in the collective of the backward pass.
+            end = end + begins * (begin[0] if total is None else total * begin[0])
         ends.append(end)
         transitions += [] if total is None else [total]
     return Summary(torch.stack(transitions) if transitions else None, torch.stack(ends))
@@ -140,15 +143,24 @@ def _summarize_corrections(
         wide = torch.promote_types(k.dtype, torch.float32)
         start = torch.eye(D_k, dtype=wide, device=k.device).expand(1, H, D_k, D_k)
         start = torch.cat([start.new_zeros(1, H, D_k, D_v), start], dim=3)
-        piece |= {"q": k, "v": torch.cat([v, torch.zeros_like(k)], dim=3)}
-        _, final = op(**piece, initial_state=start, output_final_state=True)
-        assert final is not None, "it was asked for"
+        # What the operator keeps for the backward pass would be most of what it keeps for the
+        # outputs, once more.
+        final = run_recomputed(_end_of_columns, op, piece, start)
         end, transition = final[0].split([D_v, D_k], dim=2)
-        if begins and begin is not None:
-            end = end + transition @ begin[0]
+        if begin is not None:
+            end = end + begins * (transition @ begin[0])  # as in `_summarize_decay`
         ends.append(end)
         transitions.append(transition)
     return Summary(torch.stack(transitions), torch.stack(ends))
+
+
+def _end_of_columns(op: Operator, inputs: Inputs, start: torch.Tensor) -> torch.Tensor:
+    """Return the state after the inputs, with zeros for the values that end at the transition."""
+    k, v = inputs["k"], inputs["v"]
+    inputs = inputs | {"q": k, "v": torch.cat([v, torch.zeros_like(k)], dim=3)}
+    _, final = op(**inputs, initial_state=start, output_final_state=True)
+    assert final is not None, "it was asked for"
+    return final
 
 
 def _enter_pieces(

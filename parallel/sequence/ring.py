@@ -230,7 +230,9 @@ class _Travel:
         shape = list(self.here.shape)
         shape[2] = self.plan.layout.count(before)
         self.coming = self.here.new_empty(shape)
-        self.exchange = _shift(self.plan, "ring", self.here, self.coming)
+        step = (self.axis.index - self.origin) % self.axis.size + 1
+        part = f"step {step} of {self.axis.size - 1}"
+        self.exchange = _shift(self.plan, part, self.here, self.coming)
 
     def receive(self) -> bool:
         """Wait for the keys of the next step; false if all have been here."""
@@ -262,7 +264,9 @@ class _TravellingGradient:
         shape = list(self.here.shape)
         shape[2] = self.plan.layout.count(self.origin)
         self.coming = self.here.new_empty(shape)
-        self.exchange = _shift(self.plan, "ring", self.here, self.coming)
+        step = (self.axis.index - self.origin) % self.axis.size or self.axis.size
+        part = f"step {step} of {self.axis.size} of the gradients"
+        self.exchange = _shift(self.plan, part, self.here, self.coming)
 
     def receive(
         self, parts: tuple[torch.Tensor, torch.Tensor] | None
@@ -277,10 +281,10 @@ class _TravellingGradient:
         return self.here[0], self.here[1]
 
 
-def _shift(plan: _Plan, name: str, here: torch.Tensor, coming: torch.Tensor) -> Exchange:
+def _shift(plan: _Plan, part: str, here: torch.Tensor, coming: torch.Tensor) -> Exchange:
     axis = plan.context.comm.mesh.ring
     following, before = ((axis.index + step) % axis.size for step in (1, -1))
-    return plan.context.comm.exchange(name, {following: here}, {before: coming}, axis)
+    return plan.context.comm.exchange("ring", {following: here}, {before: coming}, axis, part)
 
 
 def _cut(

@@ -45,7 +45,8 @@ def scan_states(
                 elif last:
                     before = last[i]
             if sends or receives:
-                comm.exchange("state_scan", sends, receives, comm.mesh.sp).wait()
+                part = f"step {i + 1} of {len(blocks) + 1}"
+                comm.exchange("state_scan", sends, receives, comm.mesh.sp, part).wait()
             if i < len(blocks):
                 entered = chain.enter(place, before)
                 one = None if transition is None else transition[index]

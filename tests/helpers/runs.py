@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -68,6 +69,8 @@ class Faults:
     steps: tuple[int, ...] = ()
     max_file_bytes: int | None = None
     """A file that grows beyond this fails to be written, as on a full disk."""
+    halt: tuple[str, str, int] | None = None
+    """Signal that the process sends itself, at the start of which collective, in which step."""
 
 
 class Run:
@@ -84,7 +87,7 @@ class Run:
         os.close(handle)
         self._log = Path(name)
         work = (arguments, str(cwd), env or {}, faults or Faults(), name)
-        self.process = _server().Process(target=_run_command, args=work, daemon=True)
+        self.process = start_server().Process(target=_run_command, args=work, daemon=True)
         self.process.start()
 
     def wait(self, timeout: float = 120) -> int:
@@ -154,7 +157,8 @@ def column(run_dir: Path, key: str) -> list[float]:
     return [record[key] for record in read_metrics(run_dir) if key in record]
 
 
-def _server() -> ForkServerContext:
+def start_server() -> ForkServerContext:
+    """Return the context whose processes are forked from the server, which is started if needed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     before = os.environ.get("DS_ACCELERATOR")
@@ -197,5 +201,21 @@ def _inject(faults: Faults) -> None:
         return loss_sum, num_valid
 
     mock.patch.object(loop.Trainer, "_forward", poisoned).start()
+    if faults.halt is not None:
+        _halt(*faults.halt)
     if faults.max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (faults.max_file_bytes,) * 2)
+
+
+def _halt(signal_name: str, collective: str, step: int) -> None:
+    """Send the signal when the flight recorder notes that the collective begins."""
+    from parallel.flight_recorder import FlightRecorder
+
+    begin = FlightRecorder._begin
+
+    def halting(self: FlightRecorder, what: str, is_noted: bool) -> None:
+        begin(self, what, is_noted)
+        if is_noted and what.startswith(collective) and self.step == step:
+            os.kill(os.getpid(), getattr(signal, signal_name))
+
+    mock.patch.object(FlightRecorder, "_begin", halting).start()

@@ -1,5 +1,6 @@
 """The language model: decoding, causality, packing, recomputation, head, initial weights."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -25,14 +26,24 @@ LAYERS = {
     "full": ("full", "full"),
     "parallel": ("linear+window", "linear+full"),
     "hybrid": ("linear", "window", "linear+window", "full"),
+    "sinks": ("linear", "window", "linear+window", "full"),
 }
+SINKS = 7  # more than the window holds
 every_model = pytest.mark.parametrize("kind", LAYERS)
 spiking_or_not = pytest.mark.parametrize("spiking", [False, True], ids=["plain", "spiking"])
 
 
 def make_model(kind: str, *overrides: str, **options: Any) -> CausalLM:
     """Build a tiny model; the options are those of build_model."""
-    return build_model(tiny_model_config(*LAYERS[kind], overrides=overrides), **options)
+    sinks = (f"model.num_sinks={SINKS}",) if kind == "sinks" else ()
+    config = tiny_model_config(*LAYERS[kind], overrides=[*sinks, *overrides])
+    return build_model(config, **options)
+
+
+def every_model_after(*prompts: int) -> pytest.MarkDecorator:
+    """Return the cases of every model with prompts of these lengths; sinks need a prompt."""
+    cases = [(kind, prompt) for kind in LAYERS for prompt in prompts if prompt or kind != "sinks"]
+    return pytest.mark.parametrize(("kind", "prompt"), cases)
 
 
 def draw_tokens(count: int, seed: int = 0) -> torch.Tensor:
@@ -42,11 +53,14 @@ def draw_tokens(count: int, seed: int = 0) -> torch.Tensor:
 
 def forward_logits(model: CausalLM, tokens: torch.Tensor) -> torch.Tensor:
     """Return the logits [T, vocab] of one document, all at once."""
-    context = one_rank_context([tokens.shape[1]])
+    num_sinks = model.config.num_sinks
+    context = dataclasses.replace(one_rank_context([tokens.shape[1]]), num_sinks=num_sinks)
     x = model.embed(tokens)
+    if model.sinks is not None:
+        x = model.sinks(x)
     for layer in model.layers:
         x = layer(x, context)
-    return model.head.logits(model.norm(x))[0]
+    return model.head.logits(model.norm(x))[0, num_sinks:]
 
 
 def decoded_logits(model: CausalLM, tokens: torch.Tensor, prompt: int) -> torch.Tensor:
@@ -89,8 +103,7 @@ def margin_to_rounding(model: CausalLM, tokens: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-@every_model
-@pytest.mark.parametrize("prompt", [0, 1, 3, WINDOW, 9, 70])
+@every_model_after(0, 1, 3, WINDOW, 9, 70)
 def test_decoding_equals_the_parallel_forward(kind: str, prompt: int) -> None:
     model = make_model(kind).eval()
     tokens = draw_tokens(prompt + 12)
@@ -100,8 +113,16 @@ def test_decoding_equals_the_parallel_forward(kind: str, prompt: int) -> None:
 
 
 @torch.no_grad()
-@every_model
-@pytest.mark.parametrize("prompt", [0, 3, 9])
+@pytest.mark.parametrize("kind", ["full", "sinks"])
+def test_a_cache_that_grows_keeps_every_key(kind: str) -> None:
+    model = make_model(kind).eval()
+    tokens = draw_tokens(140)  # the buffers begin with 64 slots
+    expected = forward_logits(model, tokens)
+    torch.testing.assert_close(decoded_logits(model, tokens, 1), expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@every_model_after(0, 3, 9)
 def test_spiking_decoding_equals_the_parallel_forward(kind: str, prompt: int) -> None:
     # The two ways round differently in the last bit. A count flips if x / threshold lies that
     # near to a half, and then the logits differ for good; so take tokens where none is near.
@@ -113,7 +134,14 @@ def test_spiking_decoding_equals_the_parallel_forward(kind: str, prompt: int) ->
 
 
 @torch.no_grad()
-@every_model
+def test_sinks_enter_the_cache_with_the_first_token_of_a_prompt() -> None:
+    model = make_model("sinks").eval()
+    with pytest.raises(ValueError, match=r"position=0 .*model\.num_sinks=7.* prefill"):
+        model.decode(draw_tokens(1), model.new_cache(), 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind != "sinks"])
 def test_sequences_decode_together(kind: str) -> None:
     model = make_model(kind).eval()
     tokens = torch.cat([draw_tokens(12, seed) for seed in (0, 1, 2)])
@@ -147,9 +175,11 @@ def cached_bytes(model: CausalLM, num_tokens: int) -> int:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("num_sinks", [0, SINKS])
 @pytest.mark.parametrize("layer", ["linear", "window", "linear+window", "full"])
-def test_only_the_cache_of_full_attention_grows(layer: str) -> None:
-    model = build_model(tiny_model_config(layer)).eval()
+def test_only_the_cache_of_full_attention_grows(layer: str, num_sinks: int) -> None:
+    config = tiny_model_config(layer, overrides=[f"model.num_sinks={num_sinks}"])
+    model = build_model(config).eval()
     short, long = cached_bytes(model, 7), cached_bytes(model, 80)
     assert short > 0
     assert long > short if layer == "full" else long == short

@@ -104,6 +104,7 @@ def test_spikingbrain_7b_alternates_linear_and_window_layers() -> None:
         qkv_bias=True,
     )
     assert config.norm_eps == 1e-6
+    assert config.num_sinks == 0
 
 
 def test_spikingbrain_7b_has_the_published_tensors() -> None:

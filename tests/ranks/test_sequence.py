@@ -1,141 +1,212 @@
 """Every sequence-parallel algorithm computes what one rank does: outputs and all gradients."""
 
+import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from helpers.assertions import assert_close
-from helpers.ranks import Setting, build_context, run_ranks
+from helpers.pairs import all_pairs
+from helpers.ranks import Setting
+from helpers.sequence import Options, Problem, compute, define
 
-from parallel.mesh import World
-from parallel.sequence import attention, delta_rule, linear_attention, short_conv
+ONE_RANK = Setting()
 
-SINKS = 3
-H, H_KV, D = 6, 2, 8
-
-
-def make_inputs(name: str, num_rows: int) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(1)
-
-    def draw(*shape):
-        return torch.randn(1, num_rows, *shape, generator=g, dtype=torch.float64)
-
-    q, k, v = draw(H, D), draw(H_KV, D), draw(H_KV, D)
-    if name.startswith("attention"):
-        return {"q": q, "k": k, "v": v}
-    if name.startswith("conv"):
-        return {"x": draw(D), "weight": torch.randn(D, 4, generator=g, dtype=torch.float64)}
-    if name.endswith("none"):
-        decay = {}
-    elif name.endswith("scalar"):
-        decay = {"log_decay": -draw(H_KV).abs() * 0.1}
-    else:
-        decay = {"log_decay": -draw(H_KV, D).abs() * 0.1}
-    if name.startswith("linear"):
-        return {"q": q, "k": k, "v": v} | decay
-    return {
-        "q": q,
-        "k": k / k.norm(dim=-1, keepdim=True),
-        "v": v,
-        "beta": draw(H_KV).sigmoid(),
-    } | decay
-
-
-def compute(name: str, x: dict[str, torch.Tensor], context) -> torch.Tensor:
-    if name == "attention-full":
-        return attention(**x, context=context)
-    if name.startswith("attention"):
-        return attention(**x, context=context, window_size=int(name.split("-")[1]))
-    if name.startswith("conv"):
-        return short_conv(x["x"], x["weight"], None, context, activation="silu")
-    x = {"log_decay": None} | x
-    if name.startswith("linear"):
-        return linear_attention(**x, context=context)[0]
-    return delta_rule(**x, context=context)[0]
-
-
-def run_case(
-    world: World, setting: Setting, name: str, lengths: tuple[int, ...], sinks: int
-) -> dict[str, Any]:
-    cu = torch.tensor([0, *lengths]).cumsum(0).int()
-    context = build_context(world, setting, cu, num_sinks=sinks)
-    T = int(cu[-1])
-    inputs = make_inputs(name, sinks + T)
-    dout = torch.randn(
-        compute_shape(name, inputs), generator=torch.Generator().manual_seed(2), dtype=torch.float64
-    )
-    local = {}
-    for key, value in inputs.items():
-        if key == "weight":
-            local[key] = value.clone().requires_grad_()
-        else:
-            local[key] = torch.cat(
-                [value[:, :sinks], context.layout.shard(value[:, sinks:])], 1
-            ).requires_grad_()
-    out = compute(name, local, context)
-    part = torch.cat([dout[:, :sinks], context.layout.shard(dout[:, sinks:])], 1).clone()
-    if context.layout.sp_rank:
-        part[:, :sinks] = 0
-    out.backward(part)
-    return {
-        "out": out.detach(),
-        **{k: v.grad for k, v in local.items()},
-        "layout": context.layout,
-        "ledger": context.comm.ledger,
-    }
-
-
-def compute_shape(name, inputs):
-    return next(iter(inputs.values())).shape
-
-
-SETTINGS = [
+DOCUMENTS = (
+    (101,),  # on all ranks
+    (20, 50, 1, 30),
+    (3, 97, 1),
+    (48, 24, 24),  # bounds between segments: queries that see nothing of another rank
+    (33, 1, 1, 1, 1, 1, 63),
+    (2, 1, 14),  # one or two tokens in a segment
+)
+SEGMENTS = (
     Setting(1, 2),
-    Setting(1, 3, "zigzag", "scan"),
-    Setting(2, 1, "contiguous", "scan"),
-    Setting(3, 1),
+    Setting(1, 2, "zigzag"),
+    Setting(1, 3),
+    Setting(1, 3, "zigzag"),
+    Setting(1, 4),
+    Setting(1, 4, "zigzag"),
     Setting(2, 2, "zigzag"),
-    Setting(4, 1, "zigzag", "scan"),
+)
+STATES = (
+    Setting(1, 2, "contiguous", "scan"),
+    Setting(1, 2, "zigzag", "gather"),
+    Setting(1, 3, "contiguous", "gather"),
+    Setting(1, 3, "zigzag", "scan"),
     Setting(1, 4, "contiguous", "scan"),
-    Setting(8, 1),
-    Setting(1, 8, "zigzag", "scan"),
-    Setting(3, 2, "zigzag", "gather"),
+    Setting(1, 4, "zigzag", "gather"),
+    Setting(2, 2, "zigzag", "scan"),
+)
+DECAYS = ("none", "scalar", "vector", "scalar-50", "vector-inf")
+SINKS = (0, 3)
+
+AXES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "full": {
+        "setting": (*SEGMENTS, Setting(2, 1), Setting(3, 1, "zigzag"), Setting(4, 1)),
+        "documents": DOCUMENTS,
+        "heads": ((6, 2), (5, 5), (4, 1)),
+        "sinks": SINKS,
+        "factor": (1.0, 50.0),
+    },
+    "window": {
+        "setting": SEGMENTS,
+        "documents": DOCUMENTS,
+        "size": (7, 40, 2, 200, 1),  # tokens from the rank before, several, one, all, none
+        "sinks": SINKS,
+        "heads": ((6, 2), (5, 5)),
+    },
+    "linear": {
+        "setting": STATES,
+        "documents": DOCUMENTS,
+        "decay": DECAYS,
+        "sinks": SINKS,
+        "heads": ((6, 2), (2, 2)),
+    },
+    "delta": {
+        "setting": STATES,
+        "documents": DOCUMENTS,
+        "decay": DECAYS,
+        "sinks": SINKS,
+        "heads": ((6, 2), (2, 2)),
+    },
+    "conv": {
+        "setting": SEGMENTS,
+        "documents": DOCUMENTS,
+        "size": (4, 2, 8),
+        "sinks": SINKS,
+    },
+}
+
+LARGE = Setting(2, 4, "zigzag")
+EIGHT_RANKS = [
+    (Problem("full", (20, 50, 1, 30), 3), LARGE),
+    (Problem("window", (3, 98), 0, size=40), LARGE),
+    (Problem("linear", (3, 98), 3, decay="vector"), LARGE._replace(linear="scan")),
 ]
-NAMES = [
-    "attention-full",
-    "attention-7",
-    "attention-40",
-    "attention-2",
-    "linear-none",
-    "linear-scalar",
-    "linear-vector",
-    "delta-none",
-    "delta-scalar",
-    "delta-vector",
-    "conv",
-]
 
 
-@pytest.mark.parametrize("lengths", [(101,), (20, 50, 1, 30), (3, 97)], ids=str)
-@pytest.mark.parametrize("sinks", [0, SINKS])
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.id)
-def test_equals_one_rank(setting, name, sinks, lengths):
-    one = run_case(World(0, 1, 0), Setting(), name, lengths, sinks)
-    from parallel.mesh import close_mesh
+def name_case(case: Any) -> str:
+    return case.id if isinstance(case, Setting) else str(case)
 
-    close_mesh()
-    many = run_ranks(setting.num_ranks, run_case, setting, name, lengths, sinks)
-    layout = many[0]["layout"]
-    for key in one:
-        if key in ("layout", "ledger"):
-            continue
-        values = [each[key] for each in many]
-        if key == "weight":
-            assert_close(key, sum(values), one[key], torch.float64)
-            continue
-        tokens = layout.restore([x[:, sinks:] for x in values])
-        assert_close(key, tokens, one[key][:, sinks:], torch.float64)
-        if sinks:
-            s = values[0][:, :sinks] if key == "out" else sum(x[:, :sinks] for x in values)
-            assert_close(key + " sinks", s, one[key][:, :sinks], torch.float64)
+
+def rows() -> list[tuple[Problem, Setting]]:
+    cases = []
+    for mixer, axes in AXES.items():
+        for row in all_pairs(axes):
+            setting = row.pop("setting")
+            cases.append((Problem(mixer, **row), setting))  # type: ignore[arg-type]
+    return cases + EIGHT_RANKS
+
+
+def assert_all_close(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert_close(name, actual[name], expected[name], dtype)
+
+
+@functools.cache
+def expected(problem: Problem) -> dict[str, torch.Tensor]:
+    """Return the result by the definition, which one rank is compared with once."""
+    results, _ = compute(problem, ONE_RANK)
+    assert_all_close(results, define(problem), problem.dtype)
+    return define(problem)
+
+
+@pytest.mark.parametrize(("problem", "setting"), rows(), ids=name_case)
+def test_equals_one_rank(problem: Problem, setting: Setting) -> None:
+    results, _ = compute(problem, setting)
+    assert_all_close(results, expected(problem), problem.dtype)
+
+
+PACKED = (20, 50, 1, 30)
+BOTH = Setting(2, 2, "zigzag", "scan")
+OF_EACH_MIXER = (
+    Problem("full", PACKED, 3),
+    Problem("window", PACKED, 3, size=40),
+    Problem("linear", PACKED, 3, decay="vector"),
+    Problem("delta", PACKED, 3, decay="scalar"),
+    Problem("conv", PACKED, 3, size=4),
+)
+each_mixer = pytest.mark.parametrize("problem", OF_EACH_MIXER, ids=lambda problem: problem.mixer)
+
+
+@pytest.mark.parametrize("tokens", [(0, 20), (71, 101), (71, 71)], ids=str)
+@each_mixer
+def test_loss_may_depend_on_few_tokens(problem: Problem, tokens: tuple[int, int]) -> None:
+    """A rank whose own tokens are not in the loss takes part in the others' backward pass."""
+    problem = replace(problem, loss=tokens)
+    results, _ = compute(problem, BOTH)
+    assert_all_close(results, expected(problem), problem.dtype)
+
+
+@each_mixer
+def test_gradient_of_one_input_alone(problem: Problem) -> None:
+    everything = define(problem)
+    for name in everything.keys() - {"out"}:
+        results, _ = compute(problem, BOTH, Options(wanted=(name[1:],)))
+        assert_all_close(results, {n: everything[n] for n in ("out", name)}, problem.dtype)
+
+
+@each_mixer
+def test_float32_equals_one_rank(problem: Problem) -> None:
+    problem = replace(problem, dtype=torch.float32)
+    results, _ = compute(problem, BOTH)
+    assert_all_close(results, expected(problem), problem.dtype)
+
+
+@pytest.mark.parametrize("setting", [BOTH, Setting(1, 4, "contiguous", "gather")], ids=name_case)
+@each_mixer
+def test_bfloat16_is_as_exact_as_on_one_rank(problem: Problem, setting: Setting) -> None:
+    problem = replace(problem, dtype=torch.bfloat16)
+    results, _ = compute(problem, setting)
+    exact = expected(problem)
+    assert_all_close(results, exact, problem.dtype)
+    on_one_rank, _ = compute(problem, ONE_RANK)
+    for name in exact:
+        error, before = (
+            (x[name].double() - exact[name]).norm() / exact[name].norm()
+            for x in (results, on_one_rank)
+        )
+        assert error < 2 * before, f"{name}: relative error {error:.2e}, on one rank {before:.2e}"
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("mixer", ["full", "window", "linear", "conv"])
+def test_pinned_operators_compute_the_parts(mixer: Any, impl: str) -> None:
+    decay = "vector" if mixer == "linear" else "none"
+    problem = Problem(mixer, (21,), heads=(2, 1), decay=decay, dtype=torch.float32)
+    results, _ = compute(problem, Setting(1, 2, "zigzag", "scan"), Options(impl))
+    assert_all_close(results, define(problem), problem.dtype)
+
+
+@pytest.mark.parametrize("sync", ["device", "barrier"])
+@each_mixer
+def test_synchronization_changes_nothing(problem: Problem, sync: str) -> None:
+    results, parts = compute(problem, BOTH, Options(sync=sync))
+    assert_all_close(results, expected(problem), problem.dtype)
+    for part in parts:
+        for ledger in part.ledgers:
+            barriers = [c for _, c, _ in ledger.entries if c == "barrier"]
+            assert bool(barriers) == (sync == "barrier")
+
+
+@pytest.mark.parametrize("setting", [BOTH, BOTH._replace(linear="gather")], ids=name_case)
+@each_mixer
+def test_recomputation_does_not_communicate_again(problem: Problem, setting: Setting) -> None:
+    """But for Ulysses, whose heads would fill the memory that recomputation is to save."""
+    _, parts = compute(problem, setting)
+    results, again = compute(problem, setting, Options(recompute=True))
+    assert_all_close(results, expected(problem), problem.dtype)
+    for part, other in zip(parts, again, strict=True):
+        for ledger, recomputed in zip(part.ledgers, other.ledgers, strict=True):
+            assert ledger.entries.keys() == recomputed.entries.keys()
+            for (axis, collective, kind), entry in ledger.entries.items():
+                now = recomputed.entries[axis, collective, kind]
+                if axis == "ulysses" and ledger is part.ledgers[1]:
+                    assert now.calls > entry.calls
+                else:
+                    assert (now.calls, now.bytes) == (entry.calls, entry.bytes), collective

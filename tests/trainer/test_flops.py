@@ -80,6 +80,19 @@ def test_layers_add_up_by_kind() -> None:
     }
 
 
+def test_every_token_sees_the_sinks_in_softmax_layers() -> None:
+    lengths, num_sinks = (1, 3, 50), 7
+    layers, sinks = ("linear", "window", "linear+full"), [f"model.num_sinks={num_sinks}"]
+    counter = FlopCounter(build_model(tiny_model_config(*layers, overrides=sinks)), "none")
+    for hardware in (False, True):
+        more = counter.training(lengths, hardware=hardware)
+        for kind, flops in count(*layers, lengths=lengths, hardware=hardware).items():
+            has_softmax = kind in ("window_attention", "parallel")
+            # Forward 4 H D, backward twice that, and as hardware the scores again.
+            pairs = (14 if hardware else 12) * H * D * sum(lengths) * num_sinks
+            assert more[kind] == flops + has_softmax * pairs, kind
+
+
 def test_head_counts_once_whether_tied_or_not() -> None:
     for tied in ("true", "false"):
         model = build_model(tiny_model_config("full", overrides=[f"model.tie_embeddings={tied}"]))
@@ -126,12 +139,14 @@ def test_forward_flops_of_spikingbrain_7b_per_token() -> None:
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_parameters_by_kind_add_up(tied: str) -> None:
     layers = ("linear", "window", "linear+full")
-    model = build_model(tiny_model_config(*layers, overrides=[f"model.tie_embeddings={tied}"]))
+    overrides = [f"model.tie_embeddings={tied}", "model.num_sinks=7"]
+    model = build_model(tiny_model_config(*layers, overrides=overrides))
     kinds = parameters_by_kind(model)
     assert sum(kinds.values()) == sum(parameter.numel() for parameter in model.parameters())
     assert kinds["linear_attention"] == QKVO + GATE + H_KV * D + D  # gate bias, norm of a head
     assert kinds["window_attention"] == QKVO
     assert kinds["ffn"] == 3 * 3 * E * FFN
+    assert kinds["embedding_and_norms"] == (VOCAB + 7 + 2 * 3 + 1) * E
     assert kinds.get("head_and_loss", 0) == (0 if tied == "true" else E * VOCAB)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from parallel.ledger import Ledger
 from trainer.report import write_report
 
 NUM_STEPS = 30
@@ -87,12 +88,28 @@ def make_metrics() -> list[dict[str, Any]]:
     return records
 
 
+def make_comm() -> dict[str, Any]:
+    """All kinds of predictions: none, right, wrong here, wrong on another rank."""
+    ledger, other = Ledger(steps=NUM_STEPS), Ledger(steps=NUM_STEPS)
+    ledger.record("dp", "all_reduce", 61440, 3.0, calls=60)
+    for axis, collective, kind, sent, predicted in (
+        ("sp", "halo", "window_attention", 3000, (3000, 3000)),
+        ("sp", "halo", "linear_attention", 900, (600, 900)),
+        ("ring", "ring", "full_attention", 6000, (6000, 9000)),
+    ):
+        for one, foreseen in zip((ledger, other), predicted, strict=True):
+            one.record(axis, collective, sent, 1.5, calls=30, kind=kind)
+            one.predict(axis, collective, kind, foreseen)
+    return ledger.summary([ledger, other])
+
+
 def make_run(
     path: Path,
     *,
     metrics: list[dict[str, Any]] | None = None,
     profile: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
+    comm: dict[str, Any] | None = None,
 ) -> Path:
     path.mkdir(exist_ok=True)
     default = {"run": {"name": "tiny", "steps": NUM_STEPS}, "spike": {"enabled": True, "k": 3.0}}
@@ -102,8 +119,7 @@ def make_run(
         (path / "metrics.jsonl").write_text("".join(lines))
     if profile is not None:
         (path / "profile.json").write_text(json.dumps(profile))
-        use = {"calls_per_step": 2.0, "bytes_per_step": 2048.0, "calls": 60, "bytes": 61440}
-        (path / "comm.json").write_text(json.dumps({"dp": {"all_reduce": use}}))
+        (path / "comm.json").write_text(json.dumps(comm or make_comm()))
     return path
 
 
@@ -180,6 +196,43 @@ def test_loss_memory_and_run_state(full_report: dict[str, Any]) -> None:
     assert (run["name"], run["steps_done"], run["finished"]) == ("tiny", NUM_STEPS, True)
     assert run["num_tokens"] == NUM_STEPS * TOKENS
     assert full_report["communication"]["dp"]["all_reduce"]["bytes"] == 61440
+
+
+def test_communication_stands_beside_its_formulas(
+    full_run: Path, full_report: dict[str, Any]
+) -> None:
+    rows = full_report["communication_table"]
+    assert [(row["axis"], row["kind"]) for row in rows] == [
+        ("ring", "full_attention"),
+        ("sp", "linear_attention"),
+        ("sp", "window_attention"),
+        ("dp", None),
+    ]
+    assert [row["as_predicted"] for row in rows] == [False, False, True, None]
+    assert [row["deviation"] for row in rows] == [0.0, 0.5, 0.0, None]
+    assert [row["bytes_per_step"] for row in rows] == [200, 30, 100, 2048]
+    assert [row["predicted_bytes_per_step"] for row in rows] == [200, 20, 100, None]
+    assert [row["step_share"] for row in rows] == pytest.approx([0.05, 0.05, 0.05, 0.1])
+    assert [row["all_ranks"]["ranks_off"] for row in rows] == [1, 1, 0, None]
+    page = page_of(full_run)
+    assert "2 of 3</b> rows" in page
+    assert page.count('<tr class="off">') == 2
+    assert "+50" in page
+    assert "ranks: 1" in page
+
+
+def test_right_formulas_and_a_ledger_without_them(tmp_path: Path) -> None:
+    comm = make_comm()
+    del comm["ring"], comm["sp"]["halo"]["by_kind"]["linear_attention"]
+    run_dir = make_run(tmp_path / "run", profile=make_profile(), comm=comm)
+    write_report(run_dir)
+    assert "exactly the bytes of the formulas" in page_of(run_dir)
+    assert '<tr class="off">' not in page_of(run_dir)
+    use = {"calls_per_step": 2.0, "bytes_per_step": 2048.0, "calls": 60, "bytes": 61440}
+    make_run(run_dir, profile=make_profile(), comm={"dp": {"all_reduce": use}})
+    (row,) = write_report(run_dir)["communication_table"]
+    assert (row["bytes"], row["as_predicted"], row["seconds_per_step"]) == (61440, None, None)
+    assert "the bytes of the formulas" not in page_of(run_dir)
 
 
 def test_skipped_steps_are_listed_with_their_reason(

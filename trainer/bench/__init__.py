@@ -21,6 +21,7 @@ from trainer.flops import measure_peak_flops
 SUITES = {
     "train_step": "trainer.bench.train_step:bench_train_step",
     "ops": "trainer.bench.ops:bench_ops",
+    "sequence": "trainer.bench.sequence:bench_sequence",
     "compile": "trainer.bench.kernels:bench_compile",
     "tune": "trainer.bench.tune:bench_tune",
 }

@@ -1,8 +1,10 @@
-"""The most memory that a computation allocates at once, on a CPU or a GPU."""
+"""The memory of a computation: the most that it allocates at once, and what it leaves behind."""
 
 from collections.abc import Callable
 
 import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 
 def peak_allocated_bytes(compute: Callable[[], object], device: torch.device) -> int:
@@ -28,3 +30,22 @@ def peak_allocated_bytes(compute: Callable[[], object], device: torch.device) ->
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def saved_bytes(compute: Callable[[], torch.Tensor], model: nn.Module | None = None) -> int:
+    """Return the bytes that `compute` keeps for its backward pass.
+
+    Every storage counts once and whole, whatever part of it is a saved tensor; the parameters of
+    `model` do not count.
+    """
+    own = set() if model is None else {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        storages[storage.data_ptr()] = storage
+        return x.detach()  # an output that kept its own history would never be released
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        compute()
+    return sum(storage.nbytes() for place, storage in storages.items() if place not in own)

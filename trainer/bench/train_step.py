@@ -16,6 +16,7 @@ from models.causal_lm import CausalLM, layer_list
 from models.mixers.softmax_attention import SoftmaxAttentionConfig
 from parallel.comm import Comm
 from parallel.engine import Engine
+from parallel.flight_recorder import FlightRecorder
 from parallel.layout import build_layout
 from parallel.mesh import Mesh, World, init_mesh
 from parallel.sequence import SequenceContext
@@ -96,6 +97,7 @@ def _our_step(
         parallel=PARALLEL,
         optim=OPTIM,
         mesh=mesh,
+        recorder=FlightRecorder(),
         grad_accum_steps=1,
         micro_batch_size=config.micro_batch_size,
     )
