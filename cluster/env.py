@@ -48,6 +48,7 @@ def ray_environment() -> dict[str, str]:
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",  # a stopped worker never answers
     }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -15,11 +16,16 @@ from cluster.accelerators import load_accelerator
 from cluster.env import configure_logging, rank_environment, ray_environment
 from cluster.launch import FAILED, last_checkpoint, run_rank
 from conf.schema import Config, build
+from parallel.flight_recorder import CommunicationError
 from parallel.mesh import read_world
 from trainer.accelerator import Accelerator
 from trainer.run_dir import config_tree
 
 logger = logging.getLogger(__name__)
+
+
+class RankLostError(RuntimeError):
+    """A worker waited in vain for another one."""
 
 
 def launch_on_ray(config: Config, accelerator: Accelerator) -> int:
@@ -42,7 +48,7 @@ def launch_on_ray(config: Config, accelerator: Accelerator) -> int:
         with tempfile.TemporaryDirectory(prefix="longaxon-ray-") as scratch:
             return _run_workers(config, accelerator, Path(scratch))
     except ray.train.TrainingFailedError as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.RankLostError: ")
         logger.error("%s; last complete checkpoint: %s", reason, last_checkpoint(config))
         return FAILED
     finally:
@@ -60,7 +66,7 @@ def _run_workers(config: Config, accelerator: Accelerator, scratch: Path) -> int
             "outcome": str(outcome),
         },
         torch_config=TorchConfig(
-            backend=accelerator.backend, timeout_s=int(config.parallel.timeout_seconds)
+            backend=accelerator.backend, timeout_s=math.ceil(config.parallel.timeout_seconds)
         ),
         scaling_config=ScalingConfig(
             num_workers=config.launcher.num_workers,
@@ -87,11 +93,18 @@ def train_worker(arguments: dict[str, Any]) -> None:
     """Train as one rank; Ray has set RANK, WORLD_SIZE and the process group.
 
     A run that failed for good ends like one that is done, so that Ray does not start it again.
+
+    Raises:
+        RankLostError: another rank died or stopped, which a new start may mend.
     """
     world = read_world()
     configure_logging(world.rank)
     os.chdir(arguments["cwd"])
     config = build(Config, arguments["config"])
-    code = run_rank(config, load_accelerator(config.accelerator.name), world)
+    try:
+        code = run_rank(config, load_accelerator(config.accelerator.name), world)
+    except CommunicationError:
+        # The rank has told what happened; Ray prints all of what it is given, and starts anew.
+        raise RankLostError(f"rank {world.rank} lost another rank, see above") from None
     if world.rank == 0:
         Path(arguments["outcome"]).write_text(str(code))

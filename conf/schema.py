@@ -124,7 +124,7 @@ class ModelConfig:
     mixers: dict[str, Annotated[Any, extension("models.mixers")]]
     """Mixers by name, each `_target_` a config class of models/mixers."""
     ffns: dict[str, FFNConfig]
-    num_sinks: NonNegativeInt
+    num_sinks: NonNegativeInt = 0
     """Learned tokens before every document, which all its tokens see; they see each other."""
     norm_eps: PositiveFloat
     tie_embeddings: bool
@@ -195,8 +195,8 @@ class ParallelConfig:
     recompute: Literal["none", "selective", "full"]
     """Activations recomputed in the backward pass: none; the FFNs (selective); whole layers."""
     timeout_seconds: PositiveFloat
-    """Longest wait in one collective."""
-    sync: Literal["none", "device", "barrier"]
+    """Longest wait in one collective, and for all ranks to come."""
+    sync: Literal["none", "device", "barrier"] = "none"
     """After the communication of a sequence-parallel layer: nothing; wait until the device is
     through; that, and until all ranks of the axis are."""
 

@@ -1,8 +1,8 @@
-"""Bytes that the sequence-parallel algorithms send, by formula: no tensor, no process group.
+"""Bytes that ranks send, by formula, to share a sequence or the optimizer: no tensor, no group.
 
-Each is the published volume (Ulysses arXiv:2309.14509, ring arXiv:2310.01889, LASP-2
-arXiv:2502.07563, ZeCO arXiv:2507.01004, halo: the w - 1 tokens before a segment) summed over a
-layout instead of over even shares, and shares nothing with the code that sends.
+Each is a published volume (ZeRO arXiv:1910.02054, Ulysses arXiv:2309.14509, ring arXiv:2310.01889,
+LASP-2 arXiv:2502.07563, ZeCO arXiv:2507.01004, halo: the w - 1 tokens before a segment), summed
+over a layout instead of over even shares. It shares nothing with the code that sends.
 """
 
 import itertools
@@ -158,7 +158,7 @@ def pad_heads(num_heads: int, num_kv_heads: int, num_ranks: int) -> tuple[int, i
 def zero_traffic(
     groups: Sequence[Sequence[int]], *, num_ranks: int, zero_stage: int, micro_batches: int
 ) -> Traffic:
-    """Return what one rank sends in one optimizer step under ZeRO (arXiv:1910.02054), in float32.
+    """Return what one rank sends in one optimizer step under ZeRO, in float32.
 
     Args:
         groups: elements of each parameter, by parameter group.
@@ -190,21 +190,14 @@ def _count_halo(layout: SequenceLayout, window_size: int) -> tuple[int, int]:
     needed = fetched = 0
     for rank, segments in enumerate(layout.segments):
         for segment in segments:
-            halo = _before(layout, segment, window_size)
+            before = Segment(segment.start - window_size + 1, segment.start)
+            halo = before & layout.document(segment.start)
             held = sum(len(halo & mine) for mine in layout.own)
             if rank == layout.sp_rank:
                 fetched += len(halo) - held
             else:
                 needed += held
     return needed, fetched
-
-
-def _before(layout: SequenceLayout, segment: Segment, window_size: int) -> Segment:
-    """Return the tokens before a segment that its first token sees of its document."""
-    if not len(segment):
-        return segment
-    document = layout.document(segment.start)
-    return Segment(segment.start - window_size + 1, segment.start) & document
 
 
 def _add(first: Mapping[Key, int], second: Mapping[Key, int]) -> dict[Key, int]:

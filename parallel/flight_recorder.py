@@ -18,6 +18,8 @@ import torch.distributed as dist
 
 RECORD_BYTES, MAX_NAME = 4096, 200
 """Of a file, and characters of a name in it."""
+GONE = ("connection closed", "connection reset", "broken pipe", "remote process exited")
+"""What gloo and NCCL say when a process at the other end is no more."""
 CLOCK_SKEW_SECONDS = 10.0
 """By so much the clocks of hosts may differ."""
 
@@ -190,7 +192,7 @@ class FlightRecorder:
             if found:
                 return f"rank {' and '.join(found)}, {reason}"
         if not silent:
-            return "none of the ranks, which all wait; the network between them"
+            return "none of the other ranks, which waited as well; this one, or the network"
         oldest = min(silent, key=lambda rank: note.time if (note := silent[rank]) else 0.0)
         return f"rank {oldest}, silent for longest"
 
@@ -226,6 +228,6 @@ def _explain(error: BaseException, seconds: float) -> str:
     lower = text.lower()
     if any(word in lower for word in ("timed out", "timeout")):
         return f"no answer in {seconds:.1f} s (parallel.timeout_seconds is the limit)"
-    if any(word in lower for word in ("connection closed", "connection reset", "broken pipe")):
+    if any(word in lower for word in GONE):
         return "a rank it talks to is gone, its connection is closed"
     return text

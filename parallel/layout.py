@@ -172,6 +172,9 @@ def build_layout(
             divides sp_size.
 
     Sizes differ by one token at most where the length does not divide, so nothing is padded.
+
+    Raises:
+        ValueError: a rank would hold no token.
     """
     documents = tuple(cu_seqlens.tolist())
     num_places = sp_size // ulysses
@@ -182,6 +185,11 @@ def build_layout(
     else:
         places = [chunks[r] + chunks[num_chunks - 1 - r] for r in range(num_places)]
     segments = tuple(part for place in places for part in _split(place, ulysses))
+    if sp_size > 1 and not all(len(part[0]) for part in segments):
+        raise ValueError(
+            f"a sequence of {documents[-1]} tokens leaves some of sp_size={sp_size} ranks without "
+            f"any; give {2 * sp_size} tokens at least, or use fewer ranks"
+        )
     return SequenceLayout(segments, sp_rank, documents, ulysses)
 
 

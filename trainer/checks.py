@@ -82,8 +82,8 @@ def _check_sequence(config: Config, world_size: int) -> None:
             plan_heads(mixer.num_heads, mixer.num_kv_heads, parallel.ulysses)
         except ValueError as error:
             reason = str(error).partition(";")[0]
-            remedies = " or ".join(_near_degrees(config, world_size))
-            raise ValueError(f"model.mixers.{name}: {reason}; use {remedies}") from error
+            near = " or ".join(_near_degrees(config, world_size))
+            raise ValueError(f"model.mixers.{name}: {reason}; use {near}") from error
     needed = _count_segments(parallel)
     if data.seq_len * data.micro_batch_size < needed:
         remedies = [f"data.seq_len={math.ceil(needed / data.micro_batch_size)}"]
@@ -143,8 +143,9 @@ def _near_degrees(config: Config, world_size: int) -> list[str]:
 def _near_worlds(config: Config, world_size: int) -> list[str]:
     """Return what gives a near number of ranks that fits the degrees."""
     sp_size = config.parallel.ulysses * config.parallel.ring
-    first = config.parallel.dp or max(1, world_size // sp_size)
-    sizes = [n * sp_size for n in (first, first + 1) if _fits(config, n * sp_size)] or [sp_size]
+    below = world_size // sp_size
+    counts = (config.parallel.dp,) if config.parallel.dp else (below, below + 1)
+    sizes = [n * sp_size for n in counts if n and _fits(config, n * sp_size)] or [sp_size]
     key = {
         "inline": "launcher=ray launcher.num_workers=",
         "ray": "launcher.num_workers=",

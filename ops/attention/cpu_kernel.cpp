@@ -1,4 +1,4 @@
-// Causal attention of bfloat16 tensors on CPUs with AMX, forward and backward.
+// Attention of bfloat16 tensors on CPUs with AMX, forward and backward: causal, or to all keys.
 //
 // Scores are kept transposed, [keys, queries]: then all that belongs to a query (its maximum, lse,
 // delta) is a vector across a row, and no product needs a transposed copy of a tile of scores:
@@ -49,7 +49,7 @@ struct Block {
 enum class View { NONE, PART, ALL };
 
 struct Pattern {
-  int64_t window;
+  int64_t window, num_keys;  // a window of 0: every query sees all num_keys keys
 
   std::vector<Block> cut(const Tensor& bounds) const {
     std::vector<Block> blocks;
@@ -57,8 +57,9 @@ struct Pattern {
     for (int64_t n = 0; n + 1 < bounds.numel(); n++)
       for (int64_t start = bound[n]; start < bound[n + 1]; start += QUERIES) {
         const int64_t stop = std::min<int64_t>(start + QUERIES, bound[n + 1]);
-        const int64_t first = std::max<int64_t>(bound[n], start - window + 1);
-        blocks.push_back({start, stop, bound[n], round_down(first), round_up(stop)});
+        const int64_t first = window ? std::max<int64_t>(bound[n], start - window + 1) : 0;
+        const int64_t last = window ? stop : num_keys;
+        blocks.push_back({start, stop, bound[n], round_down(first), round_up(last)});
       }
     return blocks;
   }
@@ -66,6 +67,7 @@ struct Pattern {
   // What a square of queries sees of a square of keys.
   View look(int64_t key, int64_t query, int64_t document) const {
     const int64_t last_key = key + SIDE - 1, last_query = query + SIDE - 1;
+    if (!window) return last_key < num_keys ? View::ALL : View::PART;
     if (key > last_query || last_key < document || last_key <= query - window) return View::NONE;
     const bool all = last_key <= query && key >= document && key > last_query - window;
     return all ? View::ALL : View::PART;
@@ -73,6 +75,7 @@ struct Pattern {
 
   // The queries among 16 that see the key.
   __mmask16 find(int64_t key, int64_t query, int64_t document) const {
+    if (!window) return key < num_keys ? 0xffff : 0;
     if (key < document) return 0;
     const auto clip = [](int64_t x) { return int32_t(std::clamp<int64_t>(x, -1, 16)); };
     const __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -85,10 +88,10 @@ struct Pattern {
 // ---------------------------------------------------------------- inputs
 
 struct Sizes {
-  int64_t B, T, H, H_kv, D, group, padded;  // padded: T, to whole squares
+  int64_t B, T, T_k, H, H_kv, D, group, padded;  // padded: T_k, to whole squares
   Sizes(const Tensor& q, const Tensor& k)
-      : B(q.size(0)), T(q.size(1)), H(q.size(2)), H_kv(k.size(2)), D(q.size(3)), group(H / H_kv),
-        padded(round_up(T)) {}
+      : B(q.size(0)), T(q.size(1)), T_k(k.size(1)), H(q.size(2)), H_kv(k.size(2)), D(q.size(3)),
+        group(H / H_kv), padded(round_up(T_k)) {}
 };
 
 // The transpose [D, SIDE] of `count` strided rows, zero beyond them.
@@ -108,7 +111,7 @@ void transpose_square(bf16* target, const bf16* rows, int64_t stride, int64_t co
   }
 }
 
-// The squares of keys in x [B, T, H_kv, D], zero beyond T: [B x H_kv, padded / SIDE, SIDE, D], or
+// The squares of keys in x [B, T_k, H_kv, D], zero beyond T_k: [B x H_kv, padded / SIDE, SIDE, D], or
 // each transposed [D, SIDE].
 Tensor gather_heads(const Tensor& x, const Sizes& size, bool transposes) {
   Tensor gathered = allocate({size.B * size.H_kv, size.padded, size.D}, x.options());
@@ -117,7 +120,7 @@ Tensor gather_heads(const Tensor& x, const Sizes& size, bool transposes) {
   const int64_t D = size.D, count = size.padded / SIDE;
   run_tasks(size.B * size.H_kv * count, [&](int64_t task) {
     const int64_t head = task / count, first = task % count * SIDE;
-    const int64_t inside = std::min(SIDE, size.T - first);
+    const int64_t inside = std::min(SIDE, size.T_k - first);
     const bf16* rows = heads.at(head / size.H_kv, first, head % size.H_kv);
     bf16* square = squares + task * SIDE * D;
     if (transposes)
@@ -236,7 +239,7 @@ std::tuple<Tensor, Tensor> attention_fwd(
   const Tensor out = allocate({size.B, size.T, size.H, size.D}, q.options());
   const Tensor lse = allocate({size.B, size.H, size.T}, q.options().dtype(at::kFloat));
   const Tensor keys = gather_heads(k, size, false), values_t = gather_heads(v, size, true);
-  const Pattern pattern{window};
+  const Pattern pattern{window, size.T_k};
   const std::vector<Block> blocks = pattern.cut(bounds);
   const Forward forward{
       size, pattern, float(scale) * LOG2_E, Heads(q), Heads(out), lse.data_ptr<float>(),
@@ -402,7 +405,7 @@ struct Backward {
   }
 };
 
-// grad [B, T, H_kv, D] = scale x the parts' sums [B x H_kv, rows of all parts, D].
+// grad [B, T_k, H_kv, D] = scale x the parts' sums [B x H_kv, rows of all parts, D].
 void sum_parts(
     const Tensor& grad, const float* sums, const std::vector<Part>& parts, int64_t sums_rows,
     float scale, const Sizes& size) {
@@ -410,7 +413,7 @@ void sum_parts(
   const int64_t D = size.D, squares = size.padded / SIDE;
   run_tasks(size.B * size.H_kv * squares, [&](int64_t task) {
     const int64_t head = task / squares, first = task % squares * SIDE;
-    for (int64_t key = first; key < std::min(first + SIDE, size.T); key++)
+    for (int64_t key = first; key < std::min(first + SIDE, size.T_k); key++)
       for (int64_t d = 0; d < D; d += 16) {
         __m512 sum = _mm512_setzero_ps();
         for (const Part& part : parts) {
@@ -430,11 +433,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
     double scale) {
   const Sizes size(q, k);
   const Tensor dq = allocate({size.B, size.T, size.H, size.D}, q.options());
-  const Tensor dk = allocate({size.B, size.T, size.H_kv, size.D}, q.options());
-  const Tensor dv = allocate({size.B, size.T, size.H_kv, size.D}, q.options());
+  const Tensor dk = allocate({size.B, size.T_k, size.H_kv, size.D}, q.options());
+  const Tensor dv = allocate({size.B, size.T_k, size.H_kv, size.D}, q.options());
   const Tensor keys = gather_heads(k, size, false), keys_t = gather_heads(k, size, true);
   const Tensor values = gather_heads(v, size, false);
-  const Pattern pattern{window};
+  const Pattern pattern{window, size.T_k};
   const std::vector<Block> blocks = pattern.cut(bounds);
   const int64_t heads = size.B * size.H_kv;
   const int64_t wanted = (TASKS_PER_THREAD * at::get_num_threads() + heads - 1) / heads;

@@ -5,14 +5,18 @@
 One matrix product instead of a recurrence; exponents are sums of decays, so never positive.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 TOKENS_AT_ONCE = 4096
 """Bounds the float32 copies of keys and values."""
+TOKENS_PER_BLOCK = 64
+MIN_LOG_DECAY = -1e4
 
 
 def end_state(
@@ -48,8 +52,8 @@ class _EndState(torch.autograd.Function):
         ctx.save_for_backward(k, v, log_decay)
         wide = torch.promote_types(k.dtype, torch.float32)
         state = torch.zeros(k.shape[2], k.shape[3], v.shape[3], dtype=wide, device=k.device)
-        for rows, after in _chunks_from_the_end(log_decay, k.shape[1]):
-            keys = _weigh(k[0, rows].to(wide), after)
+        for rows, weight in _chunks_from_the_end(log_decay, k.shape[1]):
+            keys = _weigh(k[0, rows].to(wide), weight)
             state += torch.einsum("thk,thv->hkv", keys, v[0, rows].to(wide))
         return state
 
@@ -60,34 +64,64 @@ class _EndState(torch.autograd.Function):
         wide = dstate.dtype
         dk, dv = torch.empty_like(k), torch.empty_like(v)
         dafter = None if log_decay is None else torch.empty_like(log_decay)
-        for rows, after in _chunks_from_the_end(log_decay, k.shape[1]):
-            keys = _weigh(k[0, rows].to(wide), after)
+        for rows, weight in _chunks_from_the_end(log_decay, k.shape[1]):
+            keys = _weigh(k[0, rows].to(wide), weight)
             dkeys = torch.einsum("thv,hkv->thk", v[0, rows].to(wide), dstate)
-            dv[0, rows] = torch.einsum("thk,hkv->thv", keys, dstate).to(v.dtype)
-            dk[0, rows] = _weigh(dkeys, after).to(k.dtype)
+            dv[0, rows] = torch.einsum("thk,hkv->thv", keys, dstate)
+            dk[0, rows] = _weigh(dkeys, weight)
             if dafter is not None:
                 parts = keys * dkeys
                 dafter[rows] = parts if dafter.shape[2] > 1 else parts.sum(-1, keepdim=True)
         if dafter is None:
             return dk, dv, None
         # A token's decay weighs on all tokens before it.
-        return dk, dv, torch.cat([torch.zeros_like(dafter[:1]), dafter[:-1].cumsum(0)])
+        return dk, dv, _sum_others(dafter, later=False)
 
 
 def _chunks_from_the_end(
     log_decay: torch.Tensor | None, num_tokens: int
 ) -> Iterator[tuple[slice, torch.Tensor | None]]:
-    """Yield rows and, for each, the decay summed over all later tokens; the last rows first."""
+    """Yield rows and exp(the decay summed over all later tokens) of each; the last rows first."""
     later = None if log_decay is None else torch.zeros_like(log_decay[:1])
     for start in reversed(range(0, num_tokens, TOKENS_AT_ONCE)):
         rows = slice(start, min(start + TOKENS_AT_ONCE, num_tokens))
         if log_decay is None or later is None:
             yield rows, None
             continue
-        from_here = log_decay[rows].flip(0).cumsum(0).flip(0) + later
-        yield rows, torch.cat([from_here[1:], later])
-        later = from_here[:1]
+        decay = log_decay[rows].clamp(min=MIN_LOG_DECAY)
+        after = _sum_others(decay, later=True) + later
+        later = after[:1] + decay[:1]
+        yield rows, _exp(after)
 
 
-def _weigh(x: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
-    return x if after is None else x * after.exp()
+def _sum_others(x: torch.Tensor, *, later: bool) -> torch.Tensor:
+    """Return for each row of x [T, ...] the sum of all later rows, or of all earlier ones.
+
+    By products inside blocks of rows: a sum that runs along the rows is slow on a CPU.
+    """
+    rows = x.flatten(1)
+    if padding := -len(rows) % TOKENS_PER_BLOCK:
+        rows = F.pad(rows, (0, 0, 0, padding))
+    blocks = rows.unflatten(0, (-1, TOKENS_PER_BLOCK))
+    ones = x.new_ones(TOKENS_PER_BLOCK, TOKENS_PER_BLOCK)
+    inside = (ones.triu(1) if later else ones.tril(-1)) @ blocks
+    totals = blocks.sum(1)
+    none = torch.zeros_like(totals[:1])
+    if later:
+        others = torch.cat([totals[1:].flip(0).cumsum(0).flip(0), none])
+    else:
+        others = torch.cat([none, totals[:-1].cumsum(0)])
+    return (inside + others[:, None]).flatten(0, 1)[: len(x)].view_as(x)
+
+
+def _exp(x: torch.Tensor) -> torch.Tensor:
+    """Return exp(x), zero where that is close to the least number that there is.
+
+    On a CPU subnormal numbers and -inf are slow, to come by and to compute with.
+    """
+    least = 0.9 * math.log(torch.finfo(x.dtype).tiny)
+    return F.threshold(x.clamp(min=least).exp(), 2 * math.exp(least), 0.0)
+
+
+def _weigh(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    return x if weight is None else x * weight

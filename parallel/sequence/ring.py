@@ -112,8 +112,8 @@ class _Plan:
             while travel.receive():
                 travel.send()
                 home.send()
-                parts = gradient.of(travel.k, travel.v, travel.blocks)
-                home.receive(parts)
+                blocks = travel.blocks
+                home.receive(gradient.of(travel.k, travel.v, blocks) if blocks else None)
             home.send()
             grads[0] = home.receive(None)
             self.context.comm.settle(self.context.comm.mesh.ring)
@@ -177,9 +177,9 @@ class _Gradient:
     def of(
         self, k: torch.Tensor, v: torch.Tensor, blocks: tuple[Block, ...]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return dk and dv and add to dq: of the own block as they are, of several in float32."""
-        is_own = bool(blocks) and blocks[0].pattern == "own"
-        dk, dv = (None if is_own else _zeros(x) for x in (k, v))
+        """Return dk and dv and add to dq: of one block as they are, of several in float32."""
+        has_all_rows = bool(blocks) and len(blocks[0].keys) == k.shape[1]
+        dk, dv = (None if has_all_rows else _zeros(x) for x in (k, v))
         for block in blocks:
             dout, q, out, k_seen, v_seen = _cut(block, self.queries, (k, v))
             lse = self.lse[:, :, block.queries.rows]
@@ -192,8 +192,8 @@ class _Gradient:
             self.dq = _add(self.dq, block.queries.rows, parts[0])
             dk = _add(dk, block.keys.rows, parts[1])
             dv = _add(dv, block.keys.rows, parts[2])
-        assert dk is not None, "the own block has all rows"
-        assert dv is not None, "the own block has all rows"
+        assert dk is not None, "zeros or the first block have all rows"
+        assert dv is not None, "zeros or the first block have all rows"
         return dk, dv
 
 
@@ -252,7 +252,9 @@ class _TravellingGradient:
         self.plan, self.axis = plan, plan.context.comm.mesh.ring
         self.origin = self.axis.index
         wide = torch.promote_types(grads[0].dtype, torch.float32)
-        self.here = torch.stack(grads).to(wide)
+        self.here = grads[0].new_empty(2, *grads[0].shape, dtype=wide)
+        for here, grad in zip(self.here, grads, strict=True):
+            here.copy_(grad)
         self.coming = self.here
         self.exchange: Exchange | None = None
 

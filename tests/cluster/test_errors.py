@@ -42,7 +42,7 @@ WRONG = {
     "parallel.layout=striped": "layout='striped': input should be 'contiguous' or 'zigzag'; parall",
     "parallel.linear=ring": "parallel.linear='ring': input should be 'gather' or 'scan'; parallel",
     "parallel.timeout_seconds=0": "timeout_seconds=0: input should be greater than 0; ... works",
-    "parallel.dp=3": "parallel.dp=3 x 1 sequence ranks must equal the 1 ranks ... use parallel.dp=1 or null",
+    "parallel.dp=3": "dp=3 x 1 sequence ranks must equal the 1 ranks ... use parallel.dp=1 or null",
     "parallel.offload=optimizer": "offload=optimizer needs ... not 0; use parallel.zero_stage=1 or",
     "data.global_batch_size=7": "size=7 must be a multiple of data.micro_batch_size=8 ... size=8",
     "data.tokenizer=nowhere": "data.tokenizer='nowhere': there is no file ... use bytes",

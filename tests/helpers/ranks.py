@@ -74,7 +74,7 @@ def run_ranks(
         # Also of a test's timeout: nobody would read the answers that are still to come.
         pool.close()
         raise
-    errors = [error for error, _ in answers if error]
+    errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(answers) if error]
     if errors:
         pool.close()
     # Who lost the connection tells less than who ended it.
@@ -131,7 +131,7 @@ class _Worker:
             answer: tuple[str, Any] = pickle.loads(self._jobs.recv_bytes())
         except (EOFError, ConnectionError):
             self._process.join()
-            return f"a worker died with exit code {self._process.exitcode}", None
+            return f"the worker died with exit code {self._process.exitcode}", None
         return answer
 
     def close(self) -> None:
@@ -182,7 +182,7 @@ def _work(jobs: Connection, path: list[str], env: dict[str, str]) -> None:
                 answer = pickle.dumps(("", function(world, *arguments)))
             close_mesh()
         except Exception:
-            jobs.send_bytes(pickle.dumps((f"rank {world.rank}: {traceback.format_exc()}", None)))
+            jobs.send_bytes(pickle.dumps((traceback.format_exc(), None)))
             # Closes the connections to the ranks that wait for this one.
             os._exit(1)
         jobs.send_bytes(answer)

@@ -40,7 +40,7 @@ def apply(transition: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["none", "scalar", "vector", "matrix"])
 @given(layout=layouts(), seed=st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 def test_states_that_enter_are_those_of_the_recurrence(
     kind: str, layout: SequenceLayout, seed: int
 ) -> None:
@@ -95,6 +95,7 @@ def test_states_that_enter_are_those_of_the_recurrence(
 
 
 @given(layouts())
+@settings(max_examples=50, deadline=None, derandomize=True)
 def test_places_are_in_the_order_of_the_sequence(layout: SequenceLayout) -> None:
     chain, back = Chain(layout), Chain(layout, is_reverse=True)
     starts = [layout.segments[rank][index].start for rank, index in chain.order]

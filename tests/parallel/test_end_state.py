@@ -16,22 +16,33 @@ def draw_inputs(T: int, decay: str, dtype: torch.dtype) -> dict[str, torch.Tenso
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
     size, _, cut = decay.partition("-")
     if size != "none":
-        log_decay = -torch.rand(1, T, H, *([D_K] if size == "vector" else []))
+        log_decay = -0.2 * torch.rand(1, T, H, *([D_K] if size == "vector" else []))
         if cut == "first":
             log_decay[:, 0] = -torch.inf
         elif cut == "last":
             log_decay[:, -1] = -torch.inf
+        elif cut == "strong":
+            log_decay *= 100
         elif cut:
             log_decay[:, T // 2] = -float(cut)
         inputs["log_decay"] = log_decay.to(torch.promote_types(dtype, torch.float32))
     return inputs
 
 
-@pytest.mark.parametrize("tokens_at_once", [1, 7, 4096])
-@pytest.mark.parametrize("T", [1, 7, 22])
+@pytest.mark.parametrize("tokens_at_once", [7, 100, 4096])
+@pytest.mark.parametrize("T", [1, 22, 130])
 @pytest.mark.parametrize(
     "decay",
-    ["none", "scalar", "vector", "scalar-50", "vector-inf", "scalar-first", "vector-last"],
+    [
+        "none",
+        "scalar",
+        "vector",
+        "scalar-50",
+        "vector-inf",
+        "scalar-first",
+        "vector-last",
+        "vector-strong",
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_equals_the_end_of_the_recurrence(
@@ -71,5 +82,10 @@ def assert_total(
     dtotal = torch.randn_like(total)
     (gradient,) = torch.autograd.grad(total, [log_decay], dtotal)
     (other,) = torch.autograd.grad(expected, [exact["log_decay"]], dtotal.double())
-    assert_close("total", total, expected, total.dtype)
-    assert_close("dlog_decay", gradient, other, gradient.dtype)
+    assert_close("total", total, drop_tiny(expected), total.dtype)
+    assert_close("dlog_decay", gradient, drop_tiny(other), gradient.dtype)
+
+
+def drop_tiny(x: torch.Tensor) -> torch.Tensor:
+    """Return x without the numbers that float32 does not have."""
+    return x.masked_fill(x.abs() < 1e-30, 0)

@@ -36,7 +36,7 @@ HYBRID = (
     *HEADS, *(f"model.mixers.{mixer}.head_dim=16" for mixer in MIXERS),
     "model.mixers.window.window_size=70", "model.num_sinks=4", "data.global_batch_size=3",
     "data.micro_batch_size=1", "data.val_fraction=0.1", "optim.schedule=constant",
-    "evaluation.every=1", "evaluation.max_sequences=2", "checkpoint.every=1", "checkpoint.keep=9",
+    "evaluation.max_sequences=2", "checkpoint.every=1", "checkpoint.keep=9",
 )  # fmt: skip
 
 
@@ -85,11 +85,11 @@ def one_rank(folder: Path) -> OneRank:
     return OneRank(folder)
 
 
-def assert_same_metrics(actual: Path, expected: Path, num_steps: int = STEPS) -> None:
+def assert_same_metrics(actual: Path, expected: Path) -> None:
     for key in ("loss", "grad_norm", "num_tokens", "val_loss", "val_bits_per_byte"):
-        values = column(expected, key)[:num_steps]
-        assert len(values) == num_steps, key
-        assert column(actual, key)[:num_steps] == pytest.approx(values, rel=1e-5), key
+        values = column(expected, key)
+        assert values, f"{expected} has no {key}"
+        assert column(actual, key) == pytest.approx(values, rel=1e-5), key
 
 
 def first_gradients(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -171,23 +171,24 @@ def test_bfloat16_errs_no_more_than_one_rank_does(folder: Path, one_rank: OneRan
 def test_first_step_with_spikes_equals_one_rank(folder: Path, one_rank: OneRank) -> None:
     settings = ("data.seq_len=1000", "spike.enabled=true", "run.steps=1", "optim.warmup_steps=0")
     expected = one_rank(*settings)
-    arguments = train(folder, "spikes", *settings, *describe(Setting(2, 2, "zigzag")))
-    run_ranks(arguments, folder, faults=(None,) * 4)
-    assert_same_metrics(folder / "spikes", expected, num_steps=1)
+    arguments = train(folder, "spikes", *settings, *describe(Setting(1, 2, "zigzag")))
+    run_ranks(arguments, folder)
+    assert_same_metrics(folder / "spikes", expected)
 
 
 def test_run_moves_between_layouts(folder: Path, one_rank: OneRank) -> None:
+    """Each station continues the run of the one before; they are evaluated alike, too."""
     data = ("data.seq_len=200", "data.global_batch_size=2", "optim.warmup_steps=0")
-    expected = one_rank(*data, "run.steps=4")
+    expected = one_rank(*data, "run.steps=4", "evaluation.every=1")
     stations = [
         (Setting(), 0), (Setting(1, 2, "zigzag", "scan"), 2), (Setting(2, 1, dp=2), 3),
-        (Setting(3, 1, "contiguous", "scan"), 1),
+        (Setting(2, 1, linear="scan"), 1),
     ]  # fmt: skip
     for step, (setting, stage) in enumerate(stations, 1):
         station = (f"run.steps={step}", f"parallel.zero_stage={stage}", *describe(setting))
         arguments = train(folder, "moves", *data, *station)
         run_ranks(arguments, folder, faults=(None,) * setting.num_ranks)
-    assert_same_metrics(folder / "moves", expected, num_steps=4)
+    assert_same_metrics(folder / "moves", expected)
 
 
 PACKED = [

@@ -48,9 +48,9 @@ def test_spikes_of_the_sinks_are_not_counted_per_rank(folder: Path) -> None:
     overrides = ("spike.enabled=true", "run.steps=2")
     run(train(folder, "spikes-one", *overrides), folder)
     run_ranks(train(folder, "spikes-two", *overrides, "parallel.ring=2"), folder)
-    for key in ("loss", "spike_sparsity", "mean_spikes"):
+    for key, rel in (("loss", 1e-5), ("spike_sparsity", 1e-4), ("mean_spikes", 1e-4)):
         one, two = (column(folder / f"spikes-{name}", key)[0] for name in ("one", "two"))
-        assert two == pytest.approx(one, rel=1e-5), key
+        assert two == pytest.approx(one, rel=rel), key
 
 
 def test_the_checkpoint_holds_the_sinks_as_trained(folder: Path, tmp_path: Path) -> None:

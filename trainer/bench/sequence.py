@@ -69,8 +69,7 @@ class Figures:
 
 def bench_sequence(config: BenchConfig, accelerator: Accelerator, peak: float) -> Iterator[Row]:
     """Yield bytes sent beside the formula, and memory and seconds beside those of one rank."""
-    mesh = Mesh(0, 1, 0, accelerator.device(0))
-    alone = _measure_cases(config, mesh)
+    alone = _measure_cases(config, accelerator, World(0, 1, 0))
     for num_ranks in config.ranks:
         ranks = _start_ranks(config, accelerator, num_ranks)
         for index, (case, one) in enumerate(zip(CASES, alone, strict=True)):
@@ -120,30 +119,38 @@ def _run_rank(task: Path) -> None:
     config, accelerator = pickle.loads(task.read_bytes())
     world = read_world()
     torch.set_num_threads(max(1, config.num_threads // world.world_size))
+    figures = _measure_cases(config, accelerator, world)
+    _results_file(task, world.rank).write_text(json.dumps([asdict(each) for each in figures]))
+
+
+def _measure_cases(config: BenchConfig, accelerator: Accelerator, world: World) -> list[Figures]:
+    return [_measure(case, config, _mesh(case, accelerator, world)) for case in CASES]
+
+
+def _mesh(case: Case, accelerator: Accelerator, world: World) -> Mesh:
+    """Return a mesh whose ranks share one sequence; one rank needs no process group."""
     device = accelerator.device(world.local_rank)
-    mesh = init_mesh(world, device, accelerator.backend, TIMEOUT_SECONDS, ring=world.world_size)
-    figures = _measure_cases(config, mesh)
-    _results_file(task, mesh.rank).write_text(json.dumps([asdict(each) for each in figures]))
-
-
-def _measure_cases(config: BenchConfig, mesh: Mesh) -> list[Figures]:
-    return [_measure(case, config, mesh) for case in CASES]
+    if world.world_size == 1:
+        return Mesh(0, 1, 0, device)
+    ulysses = world.world_size if case.is_ulysses else 1
+    return init_mesh(
+        world,
+        device,
+        accelerator.backend,
+        TIMEOUT_SECONDS,
+        ulysses=ulysses,
+        ring=world.world_size // ulysses,
+    )
 
 
 def _measure(case: Case, config: BenchConfig, mesh: Mesh) -> Figures:
-    ledger, size = Ledger(), mesh.world_size
-    ulysses = size if case.is_ulysses else 1
-    if size > 1:
-        world = World(mesh.rank, size, mesh.local_rank)
-        backend = "unused, for the ranks have met"
-        ring = size // ulysses
-        mesh = init_mesh(world, mesh.device, backend, 600.0, ulysses=ulysses, ring=ring)
+    ledger = Ledger()
     layout = build_layout(
         torch.tensor([0, config.seq_len], dtype=torch.int32),
         kind="zigzag" if case.layout == "zigzag" else "contiguous",
         sp_rank=mesh.sp_rank,
-        sp_size=size,
-        ulysses=ulysses,
+        sp_size=mesh.sp_size,
+        ulysses=mesh.ulysses.size,
     )
     linear = "scan" if case.linear == "scan" else "gather"
     context = SequenceContext(layout, OpsConfig(), Comm(mesh, ledger), linear)
