@@ -19,8 +19,12 @@ def process_environment() -> dict[str, str]:
     return variables
 
 
-def rank_environment(deepspeed_name: str) -> dict[str, str]:
-    """Return the variables of a rank: device family, quiet libraries, tools on PATH."""
+def rank_environment(deepspeed_name: str, *, is_synchronized: bool = False) -> dict[str, str]:
+    """Return the variables of a rank: device family, quiet libraries, tools on PATH.
+
+    Args:
+        is_synchronized: the run waits for its communication anyway (parallel.sync).
+    """
     tools = str(Path(sys.executable).parent)  # ninja, for libraries that compile at first use
     path = os.environ.get("PATH", "")
     return {
@@ -29,9 +33,11 @@ def rank_environment(deepspeed_name: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "MLFLOW_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "true",
-        # A wait for a collective of NCCL raises in the waiting thread when its time is over. By
-        # default a watchdog ends the process instead, before it can say what it waited for.
-        "TORCH_NCCL_BLOCKING_WAIT": os.environ.get("TORCH_NCCL_BLOCKING_WAIT", "1"),
+        # Without it NCCL's watchdog ends a process whose time is over before it can say what it
+        # waited for (the flight recorder's files do); with it, every wait holds up the host.
+        "TORCH_NCCL_BLOCKING_WAIT": os.environ.get(
+            "TORCH_NCCL_BLOCKING_WAIT", "1" if is_synchronized else "0"
+        ),
     }
 
 

@@ -20,7 +20,8 @@ DONE, FAILED = 0, 3
 
 def launch(config: Config, accelerator: Accelerator) -> int:
     """Run a checked config on the ranks of its launcher; return the exit code."""
-    apply_environment(rank_environment(accelerator.deepspeed_name))
+    is_synchronized = config.parallel.sync != "none"
+    apply_environment(rank_environment(accelerator.deepspeed_name, is_synchronized=is_synchronized))
     if config.launcher.name == "ray":
         apply_environment(ray_environment())
         from cluster.ray_launcher import launch_on_ray

@@ -321,7 +321,8 @@ class BenchConfig:
     archs: list[Literal["sm_80", "sm_90", "sm_100", "gfx90a", "gfx942"]]
     """GPUs that the suites compile and tune build kernels for; they need not be there."""
     cases: str | None
-    """Regular expression that a kernel of suite compile must match, as in "fwd.*bf16"."""
+    """Regular expression that a kernel of suite compile, as in "fwd.*bf16", or an algorithm of
+    suite sequence must match."""
     max_peer_seq_len: PositiveInt
     """Longest sequence (tokens) at which suite ops times peers of quadratic cost."""
     repeats: Annotated[int, Field(ge=5)]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 1024
 """Bounds the float32 copies of keys and values."""
 TOKENS_PER_BLOCK = 64
 MIN_LOG_DECAY = -1e4

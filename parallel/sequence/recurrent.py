@@ -145,7 +145,7 @@ def _summarize_corrections(
         start = torch.cat([start.new_zeros(1, H, D_k, D_v), start], dim=3)
         # What the operator keeps for the backward pass would be most of what it keeps for the
         # outputs, once more.
-        final = run_recomputed(_end_of_columns, op, piece, start)
+        final = run_recomputed(_end_of_columns, start, op, piece)
         end, transition = final[0].split([D_v, D_k], dim=2)
         if begin is not None:
             end = end + begins * (transition @ begin[0])  # as in `_summarize_decay`
@@ -154,7 +154,7 @@ def _summarize_corrections(
     return Summary(torch.stack(transitions), torch.stack(ends))
 
 
-def _end_of_columns(op: Operator, inputs: Inputs, start: torch.Tensor) -> torch.Tensor:
+def _end_of_columns(start: torch.Tensor, op: Operator, inputs: Inputs) -> torch.Tensor:
     """Return the state after the inputs, with zeros for the values that end at the transition."""
     k, v = inputs["k"], inputs["v"]
     inputs = inputs | {"q": k, "v": torch.cat([v, torch.zeros_like(k)], dim=3)}

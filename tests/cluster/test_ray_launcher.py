@@ -1,6 +1,5 @@
 """launcher=ray: workers give the losses of one process, and start again when one dies."""
 
-import signal
 import time
 from pathlib import Path
 
@@ -32,29 +31,23 @@ def workers_of(started: Run) -> list[psutil.Process]:
     return [process for process in processes if "RayTrainWorker" in " ".join(process.cmdline())]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_workers_give_the_losses_of_one_process_though_one_is_lost(
-    folder: Path, number: signal.Signals
-) -> None:
-    name = number.name
+def test_workers_give_the_losses_of_one_process_though_one_is_killed(folder: Path) -> None:
     on_ray = ("launcher=ray", "launcher.num_workers=2", "launcher.max_restarts=1")
-    parallel = ("parallel.zero_stage=1", "parallel.timeout_seconds=10")
-    started = Run(train(folder, f"run.dir={name}", *parallel, *on_ray), folder)
-    while not list((folder / name).glob("checkpoints/step_*")):
+    started = Run(train(folder, "run.dir=ray", "parallel.zero_stage=1", *on_ray), folder)
+    while not list((folder / "ray").glob("checkpoints/step_*")):
         assert started.process.is_alive(), started.log
         time.sleep(0.01)
     workers = workers_of(started)
     assert len(workers) == 2
-    workers[1].send_signal(number)
+    workers[1].kill()
 
     assert started.wait(timeout=240) == 0, started.log
     for key in ("loss", "grad_norm", "val_loss"):
         expected = column(folder / "inline", key)
-        assert column(folder / name, key) == pytest.approx(expected, rel=1e-5), key
-    assert started.log.count(f"continuing from {name}/checkpoints/step_000000") == 1
-    assert started.log.count("most likely at fault: rank ") == 1
+        assert column(folder / "ray", key) == pytest.approx(expected, rel=1e-5), key
+    assert started.log.count("continuing from ray/checkpoints/step_000000") == 1
     assert started.log.count(f"step {STEPS}/{STEPS}") == 1
-    assert started.log.count(f"report: {name}/report.html") == 1
+    assert started.log.count("report: ray/report.html") == 1
 
 
 def test_run_that_cannot_go_on_is_not_started_again(folder: Path) -> None:

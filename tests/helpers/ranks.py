@@ -149,7 +149,8 @@ class _Pool:
     def take(self, count: int) -> list[_Worker]:
         new = [_Worker() for _ in range(count - len(self._workers))]
         for worker in new:  # they start side by side, and all are there before they must meet
-            worker.receive()
+            error, _ = worker.receive()
+            assert not error, error
         self._workers += new
         return self._workers[:count]
 

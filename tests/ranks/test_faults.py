@@ -1,12 +1,14 @@
 """A rank is killed or stopped or never comes: the others end in time and say who and where."""
 
+import functools
 import json
 import os
 import re
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -86,6 +88,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("faults")
 
 
+@dataclass(frozen=True)
+class Failure:
+    """What is left of a case."""
+
+    survivors: list[Run]
+    halted: Run
+    notes: list[dict[str, Any]]
+    """Of the flight recorder of each rank, before a stopped one continued."""
+
+
+@pytest.fixture(scope="module")
+def fail(folder: Path) -> Callable[[str], Failure]:
+    """Run a case until all its ranks have ended; a stopped one continues when it is alone."""
+
+    @functools.cache
+    def run_case(name: str) -> Failure:
+        case = CASES[name]
+        fault = Faults(halt=(case.signal, case.collective, case.step))
+        faults = [*[None] * (case.num_ranks - 1), fault]
+        *survivors, halted = start_ranks(train(folder, name, *case.overrides), folder, faults)
+        codes = [run.wait() for run in survivors]
+        files = sorted((folder / name / "flight_recorder").iterdir())
+        notes = [json.loads(path.read_text()) for path in files]
+        if case.signal == "SIGSTOP":
+            os.kill(halted.process.pid, signal.SIGCONT)
+            assert halted.wait() == 3
+        assert codes == [3] * len(survivors), survivors[0].log
+        return Failure(survivors, halted, notes)
+
+    return run_case
+
+
 def last_words(run: Run) -> list[str]:
     """Return the lines that tell of the failure."""
     lines = run.log.splitlines()
@@ -96,17 +130,11 @@ def last_words(run: Run) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_survivors_say_who_where_and_what_was_done(folder: Path, name: str) -> None:
-    case = CASES[name]
-    culprit = case.num_ranks - 1
-    fault = Faults(halt=(case.signal, case.collective, case.step))
-    ranks = start_ranks(train(folder, name, *case.overrides), folder, [*[None] * culprit, fault])
-    *survivors, halted = ranks
-    assert [run.wait() for run in survivors] == [3] * culprit, survivors[0].log
-    notes = [
-        json.loads((folder / name / f"flight_recorder/rank_{rank:05d}.json").read_text())
-        for rank in range(len(ranks))
-    ]
+def test_survivors_say_who_where_and_what_was_done(
+    fail: Callable[[str], Failure], name: str
+) -> None:
+    case, failure = CASES[name], fail(name)
+    survivors, notes, culprit = failure.survivors, failure.notes, case.num_ranks - 1
     assert notes[culprit]["pending"].startswith(case.collective)
     is_stopped = case.signal == "SIGSTOP"
     limit = (TIMEOUT if is_stopped else 0) + MARGIN
@@ -128,10 +156,8 @@ def test_survivors_say_who_where_and_what_was_done(folder: Path, name: str) -> N
         saved = f"{name}/checkpoints/step_{case.step - 1:08d}" if case.step > 1 else "none was"
         assert lines[-1].startswith(f"  last complete checkpoint: {saved}")
     assert any("no answer" in run.log for run in survivors) == is_stopped
-    if is_stopped:  # and continues, alone
-        os.kill(halted.process.pid, signal.SIGCONT)
-        assert halted.wait() == 3
-        assert last_words(halted)[-2].endswith("this one, or the network")
+    if is_stopped:
+        assert last_words(failure.halted)[-2].endswith("this one, or the network")
 
 
 def test_rank_that_never_comes(folder: Path) -> None:
@@ -148,23 +174,24 @@ def test_rank_that_never_comes(folder: Path) -> None:
         assert len(rest) == 1, run.log
 
 
-def test_run_continues_after_the_fault(folder: Path) -> None:
-    """The case `ring` ran before."""
+def test_run_continues_after_the_fault(folder: Path, fail: Callable[[str], Failure]) -> None:
+    fail("ring")
     logs = run_ranks(train(folder, "ring", *CASES["ring"].overrides), folder, faults=(None,) * 3)
     assert "continuing from ring/checkpoints/step_00000001" in logs[0]
     assert len(column(folder / "ring", "loss")) == 3
     assert "flight_recorder" not in os.listdir(folder / "ring")
 
 
-def test_barrier_follows_each_algorithm(folder: Path) -> None:
+def test_barrier_follows_each_algorithm(folder: Path, fail: Callable[[str], Failure]) -> None:
+    fail("ring")
     arguments = train(folder, "sync", "parallel.ring=2", "run.steps=2", "parallel.sync=barrier")
     run_ranks(arguments, folder)
     barriers = json.loads((folder / "sync/comm.json").read_text())["ring"]["barrier"]
     # Forward and backward of 2 steps of 2 micro batches end with one, and 3 forwards of evaluation.
     assert barriers["by_kind"]["full_attention"]["calls"] == 2 * 2 * 2 + 3
     assert barriers["bytes"] == 0
-    losses = column(folder / "ring", "loss")[:2]
-    assert column(folder / "sync", "loss") == pytest.approx(losses, rel=1e-5)
+    loss, expected = (column(folder / name, "loss")[0] for name in ("sync", "ring"))
+    assert loss == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

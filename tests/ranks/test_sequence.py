@@ -9,7 +9,7 @@ import torch
 from helpers.pairs import all_pairs
 from helpers.ranks import Setting
 from helpers.recurrent import assert_all_close
-from helpers.sequence import Options, Problem, compute, define
+from helpers.sequence import WEIGHTS, Options, Problem, compute, define
 
 ONE_RANK = Setting()
 
@@ -151,11 +151,27 @@ def test_bfloat16_is_as_exact_as_on_one_rank(problem: Problem, setting: Setting)
     assert_all_close(results, exact, problem.dtype)
     on_one_rank, _ = compute(problem, ONE_RANK)
     for name in exact:
+        # Of a weight's gradient each rank rounds its part.
+        allowed = 2.0 if name[1:] in WEIGHTS else 1.3
         error, before = (
             (x[name].double() - exact[name]).norm() / exact[name].norm()
             for x in (results, on_one_rank)
         )
-        assert error < 2 * before, f"{name}: relative error {error:.2e}, on one rank {before:.2e}"
+        assert error < allowed * before, f"{name}: {error:.2e}, on one rank {before:.2e}"
+
+
+def test_ring_rounds_its_result_once() -> None:
+    """Rounded to 16 bits at each of eight merges, the error would be a tenth larger.
+
+    With sinks, so that one rank merges as well.
+    """
+    problem = Problem("full", (320,), 3, dtype=torch.bfloat16)
+    exact = define(problem)["out"]
+    error, before = (
+        (compute(problem, setting)[0]["out"].double() - exact).norm()
+        for setting in (Setting(1, 8), ONE_RANK)
+    )
+    assert error < 1.05 * before
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])

@@ -6,12 +6,14 @@ seconds compare with one rank on the same cores.
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -37,8 +39,8 @@ class Case:
     name: str
     mixer: str
     is_ulysses: bool = False
-    layout: str = "contiguous"
-    linear: str = "gather"
+    layout: Literal["contiguous", "zigzag"] = "contiguous"
+    linear: Literal["gather", "scan"] = "gather"
 
 
 CASES = (
@@ -72,7 +74,7 @@ def bench_sequence(config: BenchConfig, accelerator: Accelerator, peak: float) -
     alone = _measure_cases(config, accelerator, World(0, 1, 0))
     for num_ranks in config.ranks:
         ranks = _start_ranks(config, accelerator, num_ranks)
-        for index, (case, one) in enumerate(zip(CASES, alone, strict=True)):
+        for index, (case, one) in enumerate(zip(_select(config), alone, strict=True)):
             figures = [each[index] for each in ranks]
             yield from _rows(f"{case.name}, {config.seq_len} tokens", one, figures)
 
@@ -124,7 +126,12 @@ def _run_rank(task: Path) -> None:
 
 
 def _measure_cases(config: BenchConfig, accelerator: Accelerator, world: World) -> list[Figures]:
-    return [_measure(case, config, _mesh(case, accelerator, world)) for case in CASES]
+    cases = _select(config)
+    return [_measure(case, config, _mesh(case, accelerator, world)) for case in cases]
+
+
+def _select(config: BenchConfig) -> list[Case]:
+    return [case for case in CASES if re.search(config.cases or "", case.name)]
 
 
 def _mesh(case: Case, accelerator: Accelerator, world: World) -> Mesh:
@@ -147,13 +154,12 @@ def _measure(case: Case, config: BenchConfig, mesh: Mesh) -> Figures:
     ledger = Ledger()
     layout = build_layout(
         torch.tensor([0, config.seq_len], dtype=torch.int32),
-        kind="zigzag" if case.layout == "zigzag" else "contiguous",
+        kind=case.layout,
         sp_rank=mesh.sp_rank,
         sp_size=mesh.sp_size,
         ulysses=mesh.ulysses.size,
     )
-    linear = "scan" if case.linear == "scan" else "gather"
-    context = SequenceContext(layout, OpsConfig(), Comm(mesh, ledger), linear)
+    context = SequenceContext(layout, OpsConfig(), Comm(mesh, ledger), case.linear)
     dtype = getattr(torch, config.dtype)
     inputs, forward = _build(case, context, dtype)
     dout = torch.randn_like(inputs[0])
@@ -171,7 +177,7 @@ def _measure(case: Case, config: BenchConfig, mesh: Mesh) -> Figures:
     ledger.entries.clear()
     (seconds,) = median_seconds([step], config.repeats, meet)
     entries, steps = ledger.entries.values(), config.repeats + 1
-    traffic = _predict(case, SequenceCost(layout, linear, dtype.itemsize))
+    traffic = _predict(case, SequenceCost(layout, case.linear, dtype.itemsize))
     return Figures(
         sum(entry.bytes for entry in entries) // steps,
         sum(traffic.forward.values()) + sum(traffic.backward.values()),
@@ -211,8 +217,8 @@ def _predict(case: Case, cost: SequenceCost) -> Traffic:
     if case.mixer in ("full", "window"):
         window_size = WINDOW_SIZE if case.mixer == "window" else None
         return cost.attention(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, window_size)
-    transition = "vector" if case.mixer == "linear" else "dense"
-    return cost.recurrent(NUM_KV_HEADS, HEAD_DIM, HEAD_DIM, transition)
+    sizes = (NUM_KV_HEADS, HEAD_DIM, HEAD_DIM)
+    return cost.recurrent(*sizes, "vector" if case.mixer == "linear" else "dense")
 
 
 if __name__ == "__main__":
