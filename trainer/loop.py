@@ -209,7 +209,7 @@ class Trainer:
         sums = torch.zeros(3, dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
             loss_sum, num_valid = self._forward(batch)
-            num_bytes = batch.num_bytes if self.mesh.sp_rank == 0 else 0.0
+            num_bytes = sum(b.num_bytes for b in self._counted([batch]))
             sums += sums.new_tensor([float(loss_sum), float(num_valid), num_bytes])
         self.engine.model.train()
         loss, tokens, num_bytes = self._sum(sums).tolist()
@@ -314,6 +314,10 @@ class Trainer:
             ulysses=parallel.ulysses,
         )
 
+    def _counted(self, batches: list[Batch]) -> list[Batch]:
+        """Return the batches whose tokens this rank counts; the ranks of a sequence share them."""
+        return batches if self.mesh.sp_rank == 0 else []
+
     def _sum(self, x: torch.Tensor, name: str | None = None) -> torch.Tensor:
         """Return the sum over all ranks; every rank must call."""
         comm = self.comm if name else self.comm.at(kind="metrics")
@@ -325,11 +329,10 @@ class Trainer:
         Returns:
             This rank's summed loss (float64) and the labels that count over all ranks.
         """
-        local = torch.tensor(
-            [float(sum((self._layout(b).shard(b.labels) >= 0).sum() for b in batches))],
-            device=self.mesh.device,
+        local = float(sum((b.labels >= 0).sum() for b in self._counted(batches)))
+        num_tokens = float(
+            self._sum(torch.tensor([local], dtype=torch.float64, device=self.mesh.device))
         )
-        num_tokens = float(self._sum(local.double()))
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for i, batch in enumerate(batches):
             loss, _ = self._forward(batch)
@@ -345,9 +348,7 @@ class Trainer:
         self, loss_sum: torch.Tensor, batches: list[Batch]
     ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         """Sum over the ranks: loss, tokens, FLOPs, and the histogram of each spike encoder."""
-        # The ranks of a sequence have the same batches, which count once.
-        counted = batches if self.mesh.sp_rank == 0 else []
-        lengths = [n for b in counted for n in b.cu_seqlens.diff().tolist()]
+        lengths = [n for b in self._counted(batches) for n in b.cu_seqlens.diff().tolist()]
         scalars = {
             "loss": float(loss_sum),
             "tokens": float(sum(lengths)),

@@ -36,29 +36,18 @@ def attention(
     Returns:
         [1, S + T, H, D] in the dtype of q.
     """
-    if not context.num_sinks:
-        return _attend_tokens(q, k, v, None, context, window_size)
-    sizes = [context.num_sinks, q.shape[1] - context.num_sinks]
-    (q_sinks, q), (k_sinks, k), (v_sinks, v) = (x.split(sizes, dim=1) for x in (q, k, v))
-    # A copy: what is kept for the backward pass would keep the tokens along with the sinks.
-    q_sinks, k_sinks, v_sinks = q_sinks.clone(), k_sinks.clone(), v_sinks.clone()
-    impl = context.ops.attention
-    out_sinks, _ = attention_op(q_sinks, k_sinks, v_sinks, causal=False, impl=impl)
-    out = _attend_tokens(q, k, v, (k_sinks, v_sinks), context, window_size)
-    return torch.cat([out_sinks, out], dim=1)
-
-
-def _attend_tokens(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: tuple[torch.Tensor, torch.Tensor] | None,
-    context: SequenceContext,
-    window_size: int | None,
-) -> torch.Tensor:
+    outs, sinks = [], None
+    if context.num_sinks:
+        (q_sinks, q), (k_sinks, k), (v_sinks, v) = (context.split(x) for x in (q, k, v))
+        # Copies: what is kept for the backward pass would keep the tokens along with the sinks.
+        sinks = (k_sinks.clone(), v_sinks.clone())
+        impl = context.ops.attention
+        outs.append(attention_op(q_sinks.clone(), *sinks, causal=False, impl=impl)[0])
     if window_size is None:
-        return _full_attention(q, k, v, sinks, context)
-    return _window_attention(q, k, v, sinks, context, window_size)
+        outs.append(_full_attention(q, k, v, sinks, context))
+    else:
+        outs.append(_window_attention(q, k, v, sinks, context, window_size))
+    return torch.cat(outs, dim=1) if sinks else outs[0]
 
 
 def _window_attention(

@@ -46,11 +46,9 @@ class Chain:
         """Return added + A entered, backwards with A transposed, as far as a document passes."""
         if not self.is_passed(place):
             return added
-        if transition is None:
-            return added + entered
-        if transition.shape[-1] == 1:
-            return added + transition * entered
-        return added + (transition.mT if self.is_reverse else transition) @ entered
+        if transition is not None and self.is_reverse and transition.shape[-1] > 1:
+            transition = transition.mT
+        return added + transform(transition, entered)
 
     def is_passed(self, place: int) -> bool:
         """Whether a document that began before fills all of the segment at `place`."""
@@ -61,3 +59,10 @@ class Chain:
     def _segment(self, place: int) -> Segment:
         rank, index = self.order[place]
         return self.layout.segments[rank][index]
+
+
+def transform(transition: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
+    """Return A S: A is 1 (None), has an element per head or channel, or is a matrix per head."""
+    if transition is None:
+        return state
+    return transition @ state if transition.shape[-1] > 1 else transition * state

@@ -46,6 +46,10 @@ class SequenceContext:
         """Return the context for a part of the model that will run again in the backward pass."""
         return dataclasses.replace(self, memory=Memory())
 
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rows of the sinks and those of the tokens, from x [1, S + T, ...]."""
+        return x[:, : self.num_sinks], x[:, self.num_sinks :]
+
     def remember(self, compute: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
         """Return compute(), or what it returned when this forward pass ran the first time."""
         return compute() if self.memory is None else self.memory.remember(compute)

@@ -8,7 +8,6 @@ delta rule, a dense matrix. Once a rank knows the states that enter its segments
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
@@ -16,6 +15,7 @@ from ops.delta_rule import delta_rule as delta_rule_op
 from ops.linear_attention import linear_attention as linear_attention_op
 from parallel.layout import Segment, SequenceLayout
 from parallel.recompute import run_recomputed
+from parallel.sequence.chain import transform
 from parallel.sequence.context import SequenceContext
 from parallel.sequence.end_state import end_state
 from parallel.sequence.states import enter_segments
@@ -23,15 +23,9 @@ from parallel.sequence.states import enter_segments
 Inputs = dict[str, torch.Tensor]
 """Arguments of an operator by name, [1, rows, ...] each; without decay there is no log_decay."""
 Operator = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-
-
-class Summary(NamedTuple):
-    """What this rank's segments do to a state; each is a row."""
-
-    transition: torch.Tensor | None
-    """[segments, H_state, D_k or 1, 1], or [segments, H_state, D_k, D_k], float32; None: 1."""
-    local: torch.Tensor
-    """[segments, H_state, D_k, D_v] float32."""
+Summarize = Callable[[Operator, Inputs], tuple[torch.Tensor, torch.Tensor | None]]
+"""Returns where the inputs end from a state of zero [H_state, D_k, D_v] and their transition: None,
+[H_state, D_k or 1, 1] or [H_state, D_k, D_k]; float32."""
 
 
 def linear_attention(
@@ -86,21 +80,21 @@ def delta_rule(
 def _mix(
     op: Operator,
     inputs: Inputs,
-    summarize: Callable[[Operator, Inputs, torch.Tensor | None, SequenceLayout], Summary],
+    summarize: Summarize,
     context: SequenceContext,
     output_final_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run the operator over the sinks, then over the tokens from the states that enter them."""
-    outs, begin, num_sinks = [], None, context.num_sinks
-    if num_sinks:
-        sinks = {name: x[:, :num_sinks] for name, x in inputs.items()}
-        out, begin = op(**sinks, output_final_state=True)
+    outs, begin = [], None
+    if context.num_sinks:
+        split = {name: context.split(x) for name, x in inputs.items()}
+        out, begin = op(**{name: x for name, (x, _) in split.items()}, output_final_state=True)
         outs.append(out)
-        inputs = {name: x[:, num_sinks:] for name, x in inputs.items()}
+        inputs = {name: x for name, (_, x) in split.items()}
     layout = context.layout
     initial = None if begin is None else begin.expand(len(layout.cu_seqlens) - 1, -1, -1, -1)
     if layout.sp_size > 1:
-        initial = _enter_pieces(summarize(op, inputs, begin, layout), begin, context)
+        initial = _enter_pieces(op, inputs, summarize, begin, context)
     out, state = op(
         **inputs,
         initial_state=initial,
@@ -110,48 +104,61 @@ def _mix(
     return torch.cat([*outs, out], dim=1) if outs else out, state
 
 
-def _summarize_decay(
-    op: Operator, inputs: Inputs, begin: torch.Tensor | None, layout: SequenceLayout
-) -> Summary:
-    """Summarize the last piece of each segment, which alone reaches the next segment."""
-    transitions, ends = [], []
+def _enter_pieces(
+    op: Operator,
+    inputs: Inputs,
+    summarize: Summarize,
+    begin: torch.Tensor | None,
+    context: SequenceContext,
+) -> torch.Tensor:
+    """Return the state that enters each piece, [N, H_state, D_k, D_v].
+
+    Args:
+        begin: [1, H_state, D_k, D_v], the state that a document begins with; None: zero.
+    """
+    layout = context.layout
+    ends, transitions = [], []
+    # The last piece of a segment alone reaches the next segment.
     for rows, begins in _last_pieces(layout):
-        piece = {name: x[:, rows.rows] for name, x in inputs.items()}
-        end, total = end_state(piece["k"], piece["v"], piece.get("log_decay"))
+        end, transition = summarize(op, {name: x[:, rows.rows] for name, x in inputs.items()})
         if begin is not None:
             # Times 0 elsewhere: the states must depend on the same tensors on every rank, or some
             # would not take part in the collective of the backward pass.
-            end = end + begins * (begin[0] if total is None else total * begin[0])
+            end = end + begins * transform(transition, begin[0])
         ends.append(end)
-        transitions += [] if total is None else [total]
-    return Summary(torch.stack(transitions) if transitions else None, torch.stack(ends))
+        transitions += [] if transition is None else [transition]
+    entering = enter_segments(
+        torch.stack(transitions) if transitions else None, torch.stack(ends), context
+    )
+    first = torch.zeros_like(entering[0]) if begin is None else begin[0]
+    states = []
+    for pieces, state in zip(layout.pieces, entering, strict=True):
+        continues = layout.document(pieces[0].start).start < pieces[0].start
+        # A state of zero is added all the same: a rank whose states nothing depends on would not
+        # take part in the collective of the backward pass.
+        states += [state if continues else state + first, *[first] * (len(pieces) - 1)]
+    return torch.stack(states)
 
 
-def _summarize_corrections(
-    op: Operator, inputs: Inputs, begin: torch.Tensor | None, layout: SequenceLayout
-) -> Summary:
-    """Summarize as `_summarize_decay`.
+def _summarize_decay(op: Operator, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return end_state(inputs["k"], inputs["v"], inputs.get("log_decay"))
 
-    The rule is linear in its state and its values: with values of zero it takes the identity to the
-    transition, beside the values that take zero to the local state.
+
+def _summarize_corrections(op: Operator, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the rule, which is linear in its state and its values, with further values of zero.
+
+    Their columns take the identity to the transition, beside those that end at the local state.
     """
-    transitions, ends = [], []
-    for rows, begins in _last_pieces(layout):
-        piece = {name: x[:, rows.rows] for name, x in inputs.items()}
-        k, v = piece["k"], piece["v"]
-        H, D_k, D_v = *k.shape[2:], v.shape[3]
-        wide = torch.promote_types(k.dtype, torch.float32)
-        start = torch.eye(D_k, dtype=wide, device=k.device).expand(1, H, D_k, D_k)
-        start = torch.cat([start.new_zeros(1, H, D_k, D_v), start], dim=3)
-        # What the operator keeps for the backward pass would be most of what it keeps for the
-        # outputs, once more.
-        final = run_recomputed(_end_of_columns, start, op, piece)
-        end, transition = final[0].split([D_v, D_k], dim=2)
-        if begin is not None:
-            end = end + begins * (transition @ begin[0])  # as in `_summarize_decay`
-        ends.append(end)
-        transitions.append(transition)
-    return Summary(torch.stack(transitions), torch.stack(ends))
+    k, v = inputs["k"], inputs["v"]
+    H, D_k, D_v = *k.shape[2:], v.shape[3]
+    wide = torch.promote_types(k.dtype, torch.float32)
+    start = torch.eye(D_k, dtype=wide, device=k.device).expand(1, H, D_k, D_k)
+    start = torch.cat([start.new_zeros(1, H, D_k, D_v), start], dim=3)
+    # What the operator keeps for the backward pass would be most of what it keeps for the outputs,
+    # once more.
+    final = run_recomputed(_end_of_columns, start, op, inputs)
+    end, transition = final[0].split([D_v, D_k], dim=2)
+    return end, transition
 
 
 def _end_of_columns(start: torch.Tensor, op: Operator, inputs: Inputs) -> torch.Tensor:
@@ -161,25 +168,6 @@ def _end_of_columns(start: torch.Tensor, op: Operator, inputs: Inputs) -> torch.
     _, final = op(**inputs, initial_state=start, output_final_state=True)
     assert final is not None, "it was asked for"
     return final
-
-
-def _enter_pieces(
-    summary: Summary, begin: torch.Tensor | None, context: SequenceContext
-) -> torch.Tensor:
-    """Return the state that enters each piece, [N, H_state, D_k, D_v].
-
-    Args:
-        begin: [1, H_state, D_k, D_v], the state that a document begins with; None: zero.
-    """
-    entering = enter_segments(summary.transition, summary.local, context)
-    first = torch.zeros_like(entering[0]) if begin is None else begin[0]
-    states = []
-    for segment, state in zip(context.layout.pieces, entering, strict=True):
-        continues = context.layout.document(segment[0].start).start < segment[0].start
-        # A state of zero is added all the same: a rank whose states nothing depends on would not
-        # take part in the collective of the backward pass.
-        states += [state if continues else state + first, *[first] * (len(segment) - 1)]
-    return torch.stack(states)
 
 
 def _last_pieces(layout: SequenceLayout) -> list[tuple[Segment, bool]]:

@@ -34,14 +34,14 @@ def short_conv(
     """
     layout, taps = context.layout, weight.shape[1] - 1
     impl = context.ops.short_conv
-    sinks, x = x[:, : context.num_sinks], x[:, context.num_sinks :]
-    parts, begin = [], x.new_zeros(1, taps, x.shape[2])
+    sinks, x = context.split(x)
+    outs, begin = [], x.new_zeros(1, taps, x.shape[2])
     if context.num_sinks:
         out_sinks, state = short_conv_op(
             sinks, weight, bias, output_final_state=True, activation=activation, impl=impl
         )
         assert state is not None, "the final state was asked for"
-        parts, begin = [out_sinks], state.mT
+        outs, begin = [out_sinks], state.mT
     halos: list[torch.Tensor] = []
     if layout.sp_size > 1:
         spans = window_spans(layout, layout.sp_rank, taps + 1)
@@ -60,4 +60,4 @@ def short_conv(
         activation=activation,
         impl=impl,
     )
-    return torch.cat([*parts, out], dim=1)
+    return torch.cat([*outs, out], dim=1) if outs else out
