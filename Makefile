@@ -19,7 +19,7 @@ install: .venv/installed
 	touch $@
 
 test: .venv/installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 PRELOAD = [
     "cluster.cli", "cluster.accelerators.cpu", "cluster.launch", "trainer.checks", "trainer.loop",
     "setuptools", "torch._dynamo", "torch.utils.cpp_extension", "deepspeed",
@@ -161,11 +163,12 @@ def start_server() -> ForkServerContext:
     """Return the context whose processes are forked from the server, which is started if needed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    before = os.environ.get("DS_ACCELERATOR")
-    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when the server imports it
-    ensure_running()
-    if before is None:
-        del os.environ["DS_ACCELERATOR"]
+    # Read when the server imports DeepSpeed and Triton, whatever a test has done to them by then.
+    env = {"DS_ACCELERATOR": "cpu"}
+    if not torch.cuda.is_available():
+        env["TRITON_INTERPRET"] = "1"
+    with mock.patch.dict(os.environ, env):
+        ensure_running()
     return context
 
 
