@@ -20,6 +20,8 @@ RECORD_BYTES, MAX_NAME = 4096, 200
 """Of a file, and characters of a name in it."""
 GONE = ("connection closed", "connection reset", "broken pipe", "remote process exited")
 """What gloo and NCCL say when a process at the other end is no more."""
+DYING_SECONDS = 1.0
+"""A process that was killed is gone after so long at the most."""
 CLOCK_SKEW_SECONDS = 10.0
 """By so much the clocks of hosts may differ."""
 
@@ -133,9 +135,7 @@ class FlightRecorder:
             return lines[0]
         self._write()
         os.fsync(self._file)  # so that other hosts see it
-        notes = [self._read(rank) for rank in range(self.world_size)]
-        states = [_find_state(note) for note in notes]
-        states[self.rank] = ""
+        notes, states = self._survey(_is_gone(error))
         for rank, (note, state) in enumerate(zip(notes, states, strict=True)):
             lines.append(f"  rank {rank}: {_tell(note, state, now)}")
         return "\n".join([*lines, f"  most likely at fault: {self._blame(notes, states)}"])
@@ -175,6 +175,20 @@ class FlightRecorder:
         except (OSError, ValueError, TypeError):
             return None
         return note if note.time > self._started - CLOCK_SKEW_SECONDS else None
+
+    def _survey(self, is_gone: bool) -> tuple[list[Note | None], list[str]]:
+        """Read the notes of all ranks and what is wrong with their processes.
+
+        A dying process closes its connections before it is seen to be gone (`is_gone`: one is).
+        """
+        deadline = time.monotonic() + DYING_SECONDS
+        while True:
+            notes = [self._read(rank) for rank in range(self.world_size)]
+            states = [_find_state(note) for note in notes]
+            states[self.rank] = ""
+            if any(states) or not is_gone or time.monotonic() > deadline:
+                return notes, states
+            time.sleep(0.02)
 
     def _blame(self, notes: list[Note | None], states: list[str]) -> str:
         """Return the ranks most likely at fault, with the reason.
@@ -228,6 +242,11 @@ def _explain(error: BaseException, seconds: float) -> str:
     lower = text.lower()
     if any(word in lower for word in ("timed out", "timeout")):
         return f"no answer in {seconds:.1f} s (parallel.timeout_seconds is the limit)"
-    if any(word in lower for word in GONE):
+    if _is_gone(error):
         return "a rank it talks to is gone, its connection is closed"
     return text
+
+
+def _is_gone(error: BaseException) -> bool:
+    """Return whether a process group says that a process at the other end is no more."""
+    return any(word in str(error).lower() for word in GONE)

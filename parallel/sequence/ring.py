@@ -6,6 +6,7 @@ again, and with them their gradients, which after a full turn are home. With the
 all keys, every block's share of the gradient is what its operator's backward pass returns.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from ops.attention import attention_bwd, attention_fwd, merge
 from ops.attention.settings import Settings
-from parallel.comm import Exchange
 from parallel.layout import SequenceLayout
 from parallel.sequence.blocks import Block, blocks_between
 from parallel.sequence.context import SequenceContext
@@ -77,16 +77,12 @@ class _Plan:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return out [1, T, H, D] and lse [1, H, T] over the keys of all blocks."""
         partial = _Partial(self, q)
-        travel = _Travel(self, tensors[0], tensors[1]) if self.is_ring else None
-        if travel is not None:
-            travel.send()
+        keys = _Round(self, (tensors[0], tensors[1]), "keys", self.layout.sp_size - 1)
         for index, blocks in enumerate(self.blocks):
             partial.add(tensors[2 * index], tensors[2 * index + 1], blocks)
-        while travel is not None and travel.receive():
-            travel.send()
-            partial.add(travel.k, travel.v, travel.blocks)
-        if travel is not None:
-            self.context.comm.settle(self.context.comm.mesh.ring)
+        for k, v in keys.arrivals():
+            partial.add(k, v, blocks_between(self.layout, keys.origin))
+        keys.settle()
         assert partial.out is not None, "the own block comes first"
         return partial.out.to(q.dtype), partial.lse
 
@@ -100,23 +96,23 @@ class _Plan:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return dq and the gradients of `tensors`."""
         gradient = _Gradient(self, dout, q, out, lse)
-        travel = _Travel(self, tensors[0], tensors[1]) if self.is_ring else None
-        if travel is not None:
-            travel.send()
+        keys = _Round(self, (tensors[0], tensors[1]), "keys", self.layout.sp_size - 1)
         grads = []
         for index, blocks in enumerate(self.blocks):
             k, v = tensors[2 * index : 2 * index + 2]
             grads.append(gradient.of(k, v, blocks))
-        if travel is not None:
-            home = _TravellingGradient(self, grads[0])
-            while travel.receive():
-                travel.send()
+        if self.is_ring:
+            wide = torch.promote_types(q.dtype, torch.float32)
+            own = (grads[0][0].to(wide), grads[0][1].to(wide))
+            home = _Round(self, own, "gradients", self.layout.sp_size)
+            for k, v in keys.arrivals():
+                blocks = blocks_between(self.layout, keys.origin)
+                parts = gradient.of(k, v, blocks) if blocks else ()
+                for total, part in zip(home.receive(), parts, strict=False):
+                    total += part
                 home.send()
-                blocks = travel.blocks
-                home.receive(gradient.of(travel.k, travel.v, blocks) if blocks else None)
-            home.send()
-            grads[0] = home.receive(None)
-            self.context.comm.settle(self.context.comm.mesh.ring)
+            grads[0] = home.receive()
+            keys.settle()
         typed = [x.to(q.dtype) for pair in grads for x in pair]
         assert gradient.dq is not None, "the own block comes first"
         return gradient.dq.to(q.dtype), typed
@@ -197,96 +193,55 @@ class _Gradient:
         return dk, dv
 
 
-class _Travel:
-    """Keys and values on their way round: each step brings those of the rank before."""
+class _Round:
+    """A pair of tensors of each place of the ring on its way round, handed on step by step.
 
-    def __init__(self, plan: _Plan, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.plan, self.axis = plan, plan.context.comm.mesh.ring
+    Where there is no ring nothing arrives.
+    """
+
+    def __init__(
+        self, plan: _Plan, pair: tuple[torch.Tensor, torch.Tensor], name: str, num_steps: int
+    ) -> None:
+        """Start to hand on this place's pair, which takes `num_steps` steps in all."""
+        self.plan, self.name = plan, name
+        self.axis, self.comm = plan.context.comm.mesh.ring, plan.context.comm
+        self.num_steps, self.step = num_steps if plan.is_ring else 0, 0
         self.origin = self.axis.index
-        """Place whose keys are here."""
-        self.here = torch.stack([k, v]) if self.axis.size > 1 else k
-        self.coming: torch.Tensor | None = None
-        self.exchange: Exchange | None = None
-
-    @property
-    def k(self) -> torch.Tensor:
-        return self.here[0]
-
-    @property
-    def v(self) -> torch.Tensor:
-        return self.here[1]
-
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        return blocks_between(self.plan.layout, self.origin)
+        """Place whose pair is here."""
+        if self.num_steps:
+            self.here = torch.stack(pair)
+            self.send()
 
     def send(self) -> None:
-        """Start to hand on what is here, unless the next rank began with it."""
-        following = (self.axis.index + 1) % self.axis.size
-        if following == self.origin:
-            self.exchange = None
-            return
-        before = (self.origin - 1) % self.axis.size
+        """Start to hand on what is here; it must not change until the next arrival."""
+        self.step += 1
+        following, before = ((self.axis.index + step) % self.axis.size for step in (1, -1))
         shape = list(self.here.shape)
-        shape[2] = self.plan.layout.count(before)
+        shape[2] = self.plan.layout.count((self.origin - 1) % self.axis.size)
         self.coming = self.here.new_empty(shape)
-        step = (self.axis.index - self.origin) % self.axis.size + 1
-        part = f"step {step} of {self.axis.size - 1}"
-        self.exchange = _shift(self.plan, part, self.here, self.coming)
+        part = f"step {self.step} of {self.num_steps} of the {self.name}"
+        self.exchange = self.comm.exchange(
+            "ring", {following: self.here}, {before: self.coming}, self.axis, part
+        )
 
-    def receive(self) -> bool:
-        """Wait for the keys of the next step; false if all have been here."""
-        if self.exchange is None:
-            return False
+    def receive(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Wait for the pair of the place before."""
         self.exchange.wait()
-        assert self.coming is not None, "send makes the buffer"
-        self.here = self.coming
-        self.origin = (self.origin - 1) % self.axis.size
-        return True
-
-
-class _TravellingGradient:
-    """dk and dv, float32, on their way round behind the keys they belong to."""
-
-    def __init__(self, plan: _Plan, grads: tuple[torch.Tensor, torch.Tensor]) -> None:
-        self.plan, self.axis = plan, plan.context.comm.mesh.ring
-        self.origin = self.axis.index
-        wide = torch.promote_types(grads[0].dtype, torch.float32)
-        self.here = grads[0].new_empty(2, *grads[0].shape, dtype=wide)
-        for here, grad in zip(self.here, grads, strict=True):
-            here.copy_(grad)
-        self.coming = self.here
-        self.exchange: Exchange | None = None
-
-    def send(self) -> None:
-        """Start to hand on what is here."""
-        if self.axis.size == 1:
-            return
-        self.origin = (self.origin - 1) % self.axis.size
-        shape = list(self.here.shape)
-        shape[2] = self.plan.layout.count(self.origin)
-        self.coming = self.here.new_empty(shape)
-        step = (self.axis.index - self.origin) % self.axis.size or self.axis.size
-        part = f"step {step} of {self.axis.size} of the gradients"
-        self.exchange = _shift(self.plan, part, self.here, self.coming)
-
-    def receive(
-        self, parts: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Wait for what the rank before handed on, and add this rank's part to it."""
-        if self.exchange is not None:
-            self.exchange.wait()
-        self.here = self.coming
-        if parts is not None:
-            self.here[0] += parts[0]
-            self.here[1] += parts[1]
+        self.here, self.origin = self.coming, (self.origin - 1) % self.axis.size
         return self.here[0], self.here[1]
 
+    def arrivals(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield each pair that arrives while the one before is used and handed on."""
+        for _ in range(self.num_steps):
+            pair = self.receive()
+            if self.step < self.num_steps:
+                self.send()
+            yield pair
 
-def _shift(plan: _Plan, part: str, here: torch.Tensor, coming: torch.Tensor) -> Exchange:
-    axis = plan.context.comm.mesh.ring
-    following, before = ((axis.index + step) % axis.size for step in (1, -1))
-    return plan.context.comm.exchange("ring", {following: here}, {before: coming}, axis, part)
+    def settle(self) -> None:
+        """Synchronise the ring, if there is one."""
+        if self.num_steps:
+            self.comm.settle(self.axis)
 
 
 def _cut(

@@ -43,8 +43,9 @@ class Case:
 
 CASES = {
     "ring": Case(
-        "SIGSTOP", "ring, step 2 of 2", "ring, step . of 2, of layers.1 (full_attention) on axis "
-        "ring", ("parallel.ring=3",), num_ranks=3,
+        "SIGSTOP", "ring, step 2 of 2",
+        "ring, step . of 2 of the keys, of layers.1 (full_attention) "
+        "on axis ring", ("parallel.ring=3",), num_ranks=3,
     ),
     "ring-backward": Case(
         "SIGKILL", "ring, step 1 of 2 of the gradients",
