@@ -1,8 +1,8 @@
 """The tokens before each segment, from the ranks that hold them: for windows and convolutions.
 
-Section 5 of the algorithms: a window of w tokens needs the w - 1 tokens before a segment, cut at
-the start of its document, from as many earlier ranks as they span. They are sent straight to the
-rank that needs them. The gradient goes back the same way and is added.
+A window of w tokens needs the w - 1 tokens before a segment, cut at the start of its document, from
+as many earlier ranks as they span. They are sent straight to the rank that needs them. The gradient
+goes back the same way and is added.
 """
 
 from dataclasses import dataclass
