@@ -56,6 +56,8 @@ def run_rank(config: Config, accelerator: Accelerator, world: World) -> int:
             parallel.timeout_seconds,
             ulysses=parallel.ulysses,
             ring=parallel.ring,
+            pp=parallel.pp,
+            ep=parallel.ep,
         )
         comm = Comm(mesh, recorder=FlightRecorder(None, mesh.rank, mesh.world_size))
         run_dir = comm.broadcast_object(config.run.dir, "the run directory")

@@ -101,9 +101,48 @@ class AcceleratorConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class MoEConfig:
+    num_experts: PositiveInt
+    """Routed experts."""
+    top_k: PositiveInt
+    """Routed experts that compute each token."""
+    num_shared_experts: NonNegativeInt
+    """Experts that compute every token."""
+    score: Literal["softmax", "sigmoid"]
+    """What the router makes of its logits."""
+    normalize: bool
+    """Divide the scores of a token's experts by their sum."""
+    balance_loss: NonNegativeFloat
+    """Weight of the auxiliary loss num_experts * sum of load * mean score; 0: none."""
+    z_loss: NonNegativeFloat
+    """Weight of the mean of logsumexp(logits)^2; 0: none."""
+    bias_rate: NonNegativeFloat
+    """By how much a bias on the choice of an expert moves per step against its load; 0: none."""
+    capacity: PositiveFloat | None
+    """Length alignment: every expert computes this many times the mean of tokens, missing ones
+    are padding and surplus ones are dropped; null: as many as come, none is dropped."""
+    spiking_router: bool
+    """Whether spike.enabled holds for the router's input as well."""
+
+    def __post_init__(self) -> None:
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k={self.top_k} exceeds num_experts={self.num_experts}; use "
+                f"top_k={self.num_experts} or less"
+            )
+        if self.top_k == 1 and self.normalize:
+            raise ValueError(
+                "normalize=true with top_k=1 makes every weight 1 and leaves the router without a "
+                "gradient; use normalize=false"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class FFNConfig:
     intermediate_size: PositiveInt
-    """Width of the SwiGLU."""
+    """Width of the SwiGLU, or of each expert."""
+    moe: MoEConfig | None = None
+    """Several experts in place of one SwiGLU."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -178,7 +217,9 @@ class ParallelConfig:
     dp: PositiveInt | None
     """Data-parallel ranks; null: what the other axes leave of the world."""
     pp: PositiveInt
+    """Stages of the pipeline, each a part of the layer list."""
     ep: PositiveInt
+    """Neighbouring ranks of a stage that share out the routed experts."""
     ulysses: PositiveInt
     """Neighbouring ranks that exchange heads for tokens in full attention."""
     ring: PositiveInt
@@ -194,6 +235,13 @@ class ParallelConfig:
     """Keep optimizer state (ZeRO 1-3) or parameters too (ZeRO 3) in host memory."""
     recompute: Literal["none", "selective", "full"]
     """Activations recomputed in the backward pass: none; the FFNs (selective); whole layers."""
+    moe_recompute: Literal["none", "activation", "experts", "layer"] = "none"
+    """The same inside MoE layers: the activation and the router; the experts too, routed and
+    shared; the whole MoE layer, dispatch and combine included."""
+    recompute_above: PositiveInt | None = None
+    """A routed expert that receives more tokens than this in a micro batch is recomputed."""
+    hot_experts: NonNegativeInt = 0
+    """Most experts per layer of which a rank keeps a copy, where that saves bytes; 0: none."""
     timeout_seconds: PositiveFloat
     """Longest wait in one collective, and for all ranks to come."""
     sync: Literal["none", "device", "barrier"] = "none"

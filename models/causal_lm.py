@@ -1,7 +1,9 @@
 """The causal language model: embedding, a loop over the layer list, norm and head."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +11,16 @@ from torch import nn
 
 from conf.schema import LayerConfig, ModelConfig, OpsConfig, SpikeConfig
 from models.cache import MixerCache
-from models.layers import RMSNorm, SwiGLU
+from models.layers import FFN, RMSNorm, SwiGLU
 from models.mixers import Mixer
+from models.moe import MoE
 from models.spiking import spike_encoders
 from ops.cross_entropy import linear_cross_entropy
+from parallel.pipeline import ModelPart
 from parallel.recompute import run_recomputed
 from parallel.sequence import SequenceContext
+
+WHOLE = ModelPart()
 
 
 class Embedding(nn.Module):
@@ -110,7 +116,12 @@ class Layer(nn.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x))."""
 
     def __init__(
-        self, layer: LayerConfig, config: ModelConfig, spike: SpikeConfig, ops: OpsConfig
+        self,
+        layer: LayerConfig,
+        config: ModelConfig,
+        spike: SpikeConfig,
+        ops: OpsConfig,
+        part: ModelPart,
     ) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.norm_eps
@@ -118,7 +129,10 @@ class Layer(nn.Module):
         self.mixer_norm = RMSNorm(size, eps, ops.rms_norm)
         self.mixer = ParallelMixers(mixers, size, eps, ops.rms_norm)
         self.ffn_norm = RMSNorm(size, eps, ops.rms_norm)
-        self.ffn = SwiGLU(config.ffns[layer.ffn], size, spike, ops)
+        ffn = config.ffns[layer.ffn]
+        self.ffn: FFN = (
+            MoE(ffn, size, spike, ops, part) if ffn.moe else SwiGLU(ffn, size, spike, ops)
+        )
 
     def forward(
         self,
@@ -130,9 +144,9 @@ class Layer(nn.Module):
         mixed = self.mixer(self.mixer_norm(x), context, cache)
         if recompute == "selective":
             x = x + mixed
-            return x + run_recomputed(lambda h: self.ffn(self.ffn_norm(h)), x)
+            return x + run_recomputed(lambda h: self.ffn(self.ffn_norm(h), context), x)
         normed, x = self.ffn_norm.add(mixed, x)
-        return x + self.ffn(normed)
+        return x + self.ffn(normed, context)
 
     def decode(self, x: torch.Tensor, cache: dict[str, MixerCache], position: int) -> torch.Tensor:
         mixed = self.mixer.decode(self.mixer_norm(x), cache, position)
@@ -149,6 +163,7 @@ class CausalLM(nn.Module):
         ops: pins of operator implementations.
         dtype: compute dtype; parameters are float32.
         recompute: none, selective (FFNs) or full (layers) in the backward pass.
+        part: what of the model this is; names of parameters do not depend on it.
     """
 
     def __init__(
@@ -159,40 +174,65 @@ class CausalLM(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         recompute: str = "none",
+        part: ModelPart = WHOLE,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.ops = ops
-        self.recompute = recompute
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype)
-        self.sinks = SinkTokens(config.num_sinks, config.hidden_size) if config.num_sinks else None
-        self.layers = nn.ModuleList(
-            Layer(layer, config, spike, ops) for layer in layer_list(config)
+        self.config, self.ops = config, ops
+        self.recompute, self.part = recompute, part
+        size, is_tied = config.hidden_size, config.tie_embeddings
+        layers = layer_list(config)
+        if part.has_embedding or is_tied and part.has_head:
+            self.embed = Embedding(config.vocab_size, size, dtype)
+        if part.has_embedding and config.num_sinks:
+            self.sinks = SinkTokens(config.num_sinks, size)
+        self.layers = nn.ModuleDict(
+            {
+                str(i): Layer(layers[i], config, spike, ops, part)
+                for i in part.layers or range(len(layers))
+            }
         )
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, ops.rms_norm)
-        self.head = Head(config.hidden_size, config.vocab_size, ops.cross_entropy)
-        if config.tie_embeddings:
-            self.head.weight = self.embed.weight
+        if part.has_head:
+            self.norm = RMSNorm(size, config.norm_eps, ops.rms_norm)
+            self.head = Head(size, config.vocab_size, ops.cross_entropy)
+            if is_tied:
+                self.head.weight = self.embed.weight
         for encoder in spike_encoders(self).values():
             encoder.num_sinks = config.num_sinks
 
+    @property
+    def tied(self) -> nn.Parameter | None:
+        """The embedding that another part of the model has as well."""
+        is_shared = self.config.tie_embeddings and self.part.has_embedding != self.part.has_head
+        return self.embed.weight if is_shared else None
+
+    def named_layers(self) -> Iterator[tuple[str, Layer]]:
+        """Yield the layers that are here by name, as in layers.0."""
+        for name, layer in self.layers.items():
+            assert isinstance(layer, Layer)
+            yield f"layers.{name}", layer
+
     def forward(
         self, tokens: torch.Tensor, labels: torch.Tensor, context: SequenceContext
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         """Return the summed loss in nats (float32) and the number of labels that count (int64).
 
+        A part without the head returns hidden states [1, S + T, E].
+
         Args:
-            tokens: int64 [1, T], this rank's tokens of packed documents.
+            tokens: int64 [1, T], this rank's tokens of packed documents, or the hidden states of
+                the part before this one.
             labels: int64 [1, T], the token that follows each, -100 where none.
         """
         x, context = self._begin(tokens, context)
-        for i, layer in enumerate(self.layers):
-            here = context.at(layer=f"layers.{i}")
+        for name, layer in self.named_layers():
+            here = context.at(layer=name)
             if self.recompute == "full":
                 here = here.remembering()
                 x = run_recomputed(layer, x, here, memory=here.memory)
             else:
                 x = layer(x, here, None, self.recompute)
+        if not self.part.has_head:
+            return x
         loss_sum, num_valid = self.head(self.norm(x[:, self.config.num_sinks :]), labels)
         return loss_sum, num_valid
 
@@ -200,17 +240,17 @@ class CausalLM(nn.Module):
         self, tokens: torch.Tensor, context: SequenceContext
     ) -> tuple[torch.Tensor, SequenceContext]:
         """Return the rows of the sinks and of the tokens, and the context that knows of them."""
-        x = self.embed(tokens)
-        if self.sinks is None:
+        x = self.embed(tokens) if self.part.has_embedding else tokens
+        if not self.config.num_sinks:
             return x, context
-        return self.sinks(x), dataclasses.replace(context, num_sinks=self.config.num_sinks)
+        context = dataclasses.replace(context, num_sinks=self.config.num_sinks)
+        return self.sinks(x) if self.part.has_embedding else x, context
 
     def new_cache(self) -> list[dict[str, MixerCache]]:
         """Return an empty decoding cache: per layer, one entry per mixer."""
         return [
             {name: mixer.new_cache() for name, mixer in layer.mixer.named_branches()}
-            for layer in self.layers
-            if isinstance(layer, Layer)
+            for _, layer in self.named_layers()
         ]
 
     def prefill(
@@ -218,7 +258,7 @@ class CausalLM(nn.Module):
     ) -> torch.Tensor:
         """Read a prompt [1, T] into an empty cache; return the last token's logits [1, vocab]."""
         x, context = self._begin(tokens, context)
-        for layer, entry in zip(self.layers, cache, strict=True):
+        for (_, layer), entry in zip(self.named_layers(), cache, strict=True):
             x = layer(x, context, entry)
         return self.head.logits(self.norm(x[:, -1]))
 
@@ -230,36 +270,42 @@ class CausalLM(nn.Module):
         Raises:
             ValueError: there are sinks and no prompt, with which they enter the cache.
         """
-        if self.sinks is not None and position == 0:
+        if self.config.num_sinks and position == 0:
             raise ValueError(
                 f"position=0 finds no sinks in the cache (model.num_sinks={self.config.num_sinks});"
                 " give the first token to prefill"
             )
         x = self.embed(token)
-        for layer, entry in zip(self.layers, cache, strict=True):
-            assert isinstance(layer, Layer)
+        for (_, layer), entry in zip(self.named_layers(), cache, strict=True):
             x = layer.decode(x, entry, self.config.num_sinks + position)
         return self.head.logits(self.norm(x[:, -1]))
 
     def reset_parameters(self, seed: int) -> None:
-        """Draw initial weights; they depend on the seed alone."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            std = self.config.init_std
-            out_std = std / (2 * self.config.num_layers) ** 0.5
-            nn.init.normal_(self.embed.weight, std=std)
-            if self.sinks is not None:
-                nn.init.normal_(self.sinks.weight, std=std)
-            if not self.config.tie_embeddings:
-                nn.init.normal_(self.head.weight, std=std)
-            for layer in self.layers:
-                assert isinstance(layer, Layer)
+        """Draw initial weights; they depend on the seed and on names alone."""
+        std = self.config.init_std
+        out_std = std / (2 * self.config.num_layers) ** 0.5
+        for name, module in self.named_children():
+            is_tied = isinstance(module, Head) and self.config.tie_embeddings
+            if isinstance(module, Embedding | SinkTokens | Head) and not is_tied:
+                with _seeded(seed, name):
+                    nn.init.normal_(module.weight, std=std)
+        for name, layer in self.named_layers():
+            with _seeded(seed, name):
                 for _, mixer in layer.mixer.named_branches():
                     mixer.reset(std, out_std)
                 layer.ffn.reset(std, out_std)
-            for module in self.modules():
-                if isinstance(module, RMSNorm):
-                    nn.init.ones_(module.weight)
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+
+
+@contextmanager
+def _seeded(seed: int, name: str) -> Iterator[None]:
+    """Draw inside from a stream of random numbers of this name's own."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(digest[:6]))
+        yield
 
 
 def layer_list(config: ModelConfig) -> list[LayerConfig]:

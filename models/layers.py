@@ -3,6 +3,8 @@
 Parameters are float32; a module computes in the dtype of its input, statistics in float32.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,6 +13,7 @@ from conf.schema import FFNConfig, OpsConfig, SpikeConfig
 from models.spiking import Activation, SpikeEncoder, Spikes
 from ops.rms_norm import rms_norm
 from ops.swiglu import swiglu
+from parallel.sequence import SequenceContext
 
 
 class RMSNorm(nn.Module):
@@ -53,7 +56,26 @@ class Projection(nn.Module):
             nn.init.zeros_(self.bias)
 
 
-class SwiGLU(nn.Module):
+class FFN(nn.Module, ABC):
+    """What a layer does with each token for itself."""
+
+    kind = "ffn"
+    """Name in reports."""
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor, context: SequenceContext | None = None) -> torch.Tensor:
+        """Return [1, T, E] from [1, T, E]; without a context this rank does so alone."""
+
+    @abstractmethod
+    def reset(self, std: float, out_std: float) -> None:
+        """Draw initial weights; `out_std` for the projections that write to the residual."""
+
+    @abstractmethod
+    def active_weights(self) -> int:
+        """Return the weights that multiply each token."""
+
+
+class SwiGLU(FFN):
     """down(silu(gate x) * up x) (arXiv:2002.05202)."""
 
     def __init__(
@@ -67,7 +89,7 @@ class SwiGLU(nn.Module):
         self.up_proj = Projection(hidden_size, config.intermediate_size)
         self.down_proj = Projection(config.intermediate_size, hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: SequenceContext | None = None) -> torch.Tensor:
         encoded = self.encode_in(x)
         inner = swiglu(self.gate_proj(encoded), self.up_proj(encoded), impl=self.impl)
         return self.down_proj(self.encode_out(inner))
@@ -76,3 +98,11 @@ class SwiGLU(nn.Module):
         self.gate_proj.reset(std)
         self.up_proj.reset(std)
         self.down_proj.reset(out_std)
+
+    def active_weights(self) -> int:
+        return projection_weights(self)
+
+
+def projection_weights(module: nn.Module) -> int:
+    """Return the weights of all projections in a module; biases and norms count nothing."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, Projection))

@@ -7,6 +7,7 @@ from torch import nn
 
 from conf.schema import SpikeConfig
 from ops.spike import MAX_COUNT, spike_count, spike_histogram
+from parallel.recompute import is_backward
 
 SAMPLED_TOKENS = 128
 """Tokens of a forward pass, evenly spaced, that statistics are taken from."""
@@ -41,8 +42,7 @@ class SpikeEncoder(nn.Module):
         if not self.config.enabled:
             return x
         count, threshold = spike_count(x, self.config.k, impl=self.impl)
-        # A forward pass that runs again inside the backward pass (recomputation) was seen before.
-        if self.training and torch._C._current_graph_task_id() == -1:
+        if self.training and not is_backward():  # what is recomputed was seen before
             self._observe(count.detach()[..., self.num_sinks :, :])
         return Spikes(count, threshold)
 

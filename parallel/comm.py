@@ -5,9 +5,10 @@ Tensors travel as bytes, so that every backend takes every dtype.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -94,6 +95,30 @@ class Comm:
             piece.view(parts[0].dtype).view(shape)
             for piece, shape in zip(pieces, shapes, strict=True)
         ]
+
+    def start_all_to_all(
+        self, x: torch.Tensor, sends: list[int], receives: list[int], axis: Axis, name: str
+    ) -> "Arrival":
+        """Start to send the rows of `x` to the ranks of the axis; every rank of it must call.
+
+        Args:
+            x: [rows, ...], those for rank 0 first.
+            sends: rows for each rank.
+            receives: rows from each rank, which stand in that order in what arrives.
+            name: of the collective in the ledger.
+        """
+        x = x.contiguous()
+        if axis.size == 1:
+            return Arrival(nullcontext(), None, (x, x))
+        width = math.prod(x.shape[1:]) * x.element_size()
+        arrived = x.new_empty(sum(receives), *x.shape[1:])
+        with self.recorder.watch(f"the start of {self._name(name, axis.name)}", is_noted=False):
+            work = dist.all_to_all_single(
+                _as_bytes(arrived), _as_bytes(x), [n * width for n in receives],
+                [n * width for n in sends], group=axis.group, async_op=True,
+            )
+        entry = self._entry(axis, name, (len(x) - sends[axis.index]) * width)
+        return Arrival(entry, work, (x, arrived))
 
     def exchange(
         self,
@@ -183,6 +208,30 @@ class Exchange:
         with self._entry:
             for handle in self._handles:
                 handle.wait()
+
+
+class Arrival:
+    """Rows of an all-to-all under way."""
+
+    def __init__(
+        self,
+        entry: AbstractContextManager[None],
+        work: dist.Work | None,
+        tensors: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        self._entry, self._work = entry, work
+        self._sent, self._arrived = tensors
+
+    def wait(self) -> torch.Tensor:
+        """Return what has arrived, [rows, ...].
+
+        Raises:
+            CommunicationError: a rank died, or the timeout of the axis has passed.
+        """
+        with self._entry:
+            if self._work is not None:
+                self._work.wait()
+        return self._arrived
 
 
 def _count_bytes(x: torch.Tensor) -> int:

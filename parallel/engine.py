@@ -5,15 +5,15 @@ tokens is scaled by world_size / global token count before `backward`.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import deepspeed
-import deepspeed.comm
 import torch
-import torch.distributed as dist
+from deepspeed.moe.layer import MoE
 from deepspeed.utils import (
+    groups,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_get_local_optimizer_state,
@@ -23,11 +23,23 @@ from deepspeed.utils import (
 from torch import nn
 
 from conf.schema import OptimConfig, ParallelConfig
-from parallel.flight_recorder import FlightRecorder
-from parallel.ledger import Ledger
+from parallel.comm import Comm
+from parallel.deepspeed_backend import install_backend
+from parallel.expert import is_expert
 from parallel.mesh import Mesh
+from parallel.sequence import SequenceContext
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class MicroBatch(NamedTuple):
+    """What a rank computes at a time."""
+
+    tokens: torch.Tensor
+    """int64 [1, T]."""
+    labels: torch.Tensor
+    """int64 [1, T], -100 where none."""
+    context: SequenceContext
 
 
 class Engine:
@@ -40,27 +52,25 @@ class Engine:
         *,
         parallel: ParallelConfig,
         optim: OptimConfig,
-        mesh: Mesh,
-        recorder: FlightRecorder,
+        comm: Comm,
         grad_accum_steps: int,
         micro_batch_size: int,
     ) -> None:
-        self.recorder = recorder
+        self.comm, self.recorder, self.mesh = comm, comm.recorder, comm.mesh
         self.zero_stage = parallel.zero_stage
         self.max_grad_norm = optim.max_grad_norm
-        self.mesh = mesh
         self.model = model
-        self._comm_seconds: dict[str, float] = {}
         # Its shared-memory collective compiles for half a minute at first use; gloo does the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(verbose=False)
-        # DeepSpeed's own copy of this group would wait half an hour for a rank that is gone.
-        deepspeed.utils.groups._WORLD_GROUP = dist.group.WORLD
+        self.backend = install_backend(self.mesh, comm.ledger)
+        groups._release_process_group_references()  # of an earlier run in this process
+        _share_out_experts(model, optimizer, self.mesh)
+        config = _deepspeed_config(parallel, optim, self.mesh, grad_accum_steps, micro_batch_size)
         with self._watch("start of DeepSpeed"):
             self._engine, *_ = deepspeed.initialize(
-                model=model,
+                model=self._prepare(model),
                 optimizer=optimizer,
-                config=_deepspeed_config(parallel, optim, mesh, grad_accum_steps, micro_batch_size),
+                config=config,
                 dist_init_required=False,
             )
         self._optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
@@ -74,19 +84,43 @@ class Engine:
             # float32 is not checked by default; a non-finite norm must leave the weights alone.
             self._engine.optimizer.check_grad_overflow = True
 
-    def __call__(self, *inputs: Any) -> Any:
-        """Run the model's forward pass."""
-        if self.zero_stage < 3:
-            return self._engine(*inputs)
-        with self._watch("parameter gather of the forward pass"):
-            return self._engine(*inputs)
+    def _prepare(self, model: nn.Module) -> nn.Module:
+        """Return the module that DeepSpeed runs."""
+        return model
 
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Add the gradient of `loss`; the `last` micro batch of a step reduces over the ranks."""
-        with self._watch("gradient reduction of the backward pass"):
-            self._engine.backward(loss, scale_wrt_gas=False)
-        if not last:
-            self._engine.step()  # counts the micro batch, applies nothing
+    def accumulate(self, micro_batches: Sequence[MicroBatch], scale: float) -> torch.Tensor:
+        """Add the gradients of a step, and sum them over the ranks; every rank must call.
+
+        Args:
+            micro_batches: as many as `grad_accum_steps`.
+            scale: of the summed loss in what is differentiated; DeepSpeed averages over the ranks.
+
+        Returns:
+            The summed loss of this rank's tokens, a float64 scalar.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for i, micro_batch in enumerate(micro_batches):
+            loss, _ = self._forward(micro_batch)
+            with self._watch("gradient reduction of the backward pass"):
+                self._engine.backward(poison(loss) * scale, scale_wrt_gas=False)
+            if i < len(micro_batches) - 1:
+                self._engine.step()  # counts the micro batch, applies nothing
+            total += loss.detach().double()
+        return total
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the summed loss of this rank's tokens and the labels that count, float64 scalars.
+
+        Every rank must call, with equally many micro batches.
+        """
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        with torch.no_grad():
+            for micro_batch in micro_batches:
+                loss_sum, num_valid = self._forward(micro_batch)
+                sums += torch.stack([loss_sum.double(), num_valid.double()])
+        self.model.train()
+        return sums[0], sums[1]
 
     def step(self, lr: float) -> tuple[float, bool]:
         """Clip and apply the gradients, unless one is not finite; every rank must call.
@@ -96,15 +130,7 @@ class Engine:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        norm = math.nan
-        if self.zero_stage == 0:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            total = torch.nn.utils.get_total_norm(gradients, foreach=True)
-            norm = float(total)
-            if not math.isfinite(norm):
-                self.model.zero_grad(set_to_none=True)
-            elif norm > self.max_grad_norm:
-                torch._foreach_mul_(gradients, self.max_grad_norm / (norm + 1e-6))
+        norm = self._clip() if self.zero_stage == 0 else math.nan
         with self._watch("optimizer step"):
             self._engine.step()
         if self.zero_stage > 0:
@@ -113,42 +139,52 @@ class Engine:
                 norm = math.inf
         return norm, math.isfinite(norm)
 
-    def absorb_communication(self, ledger: Ledger, axis: str = "dp") -> None:
-        """Move what DeepSpeed sent since the last call into the ledger, under `axis`."""
-        log = deepspeed.comm.comm.comms_logger.comms_dict
-        for operation, sizes in log.items():
-            # The latencies are readings of one running timer per operation, in milliseconds.
-            elapsed = max((max(record[1]) for record in sizes.values()), default=0.0) / 1000
-            seconds = elapsed - self._comm_seconds.get(operation, 0.0)
-            self._comm_seconds[operation] = elapsed
-            logged: dict[str, list[int]] = {}
-            for size, record in sizes.items():
-                total = logged.setdefault(_payload_kind(operation, size), [0, 0])
-                total[0] += record[0]
-                total[1] += record[0] * size
-            largest = max(logged, key=lambda kind: logged[kind][1])
-            for kind, (calls, num_bytes) in logged.items():
-                sent = _bytes_sent(operation, num_bytes, self.mesh.world_size)
-                waited = seconds if kind == largest else 0.0
-                ledger.record(axis, operation, sent, waited, calls, kind if axis == "dp" else "")
-        log.clear()
+    def _clip(self) -> float:
+        """Clip the summed gradients, clear them if one is not finite; return their norm."""
+        gradients = list(self._gradients())
+        mine = [gradient for gradient, counts in gradients if counts]
+        norm = torch.nn.utils.get_total_norm(mine, foreach=True)
+        square = norm.double().square().view(1).to(self.mesh.device)
+        total = math.sqrt(float(self.comm.at(kind="scalars").all_reduce_sum(square, self.mesh.world)))
+        if not math.isfinite(total):
+            self.model.zero_grad(set_to_none=True)
+        elif total > self.max_grad_norm:
+            scale = self.max_grad_norm / (total + 1e-6)
+            torch._foreach_mul_([gradient for gradient, _ in gradients], scale)
+        return total
 
-    def full_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """Yield every parameter's name and its float32 value and moments, whole.
+    def _gradients(self) -> Iterator[tuple[torch.Tensor, bool]]:
+        """Yield the gradients here, and whether this is the rank that counts them in the norm."""
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                axis = self.mesh.edp if is_expert(parameter) else self.mesh.stage
+                is_copy = getattr(parameter, "ds_pipe_replicated", False)
+                yield parameter.grad, axis.index == 0 and not is_copy
 
-        A collective under ZeRO: every rank must run through all of it, one parameter at a time.
+    def _forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        gathers = self._watch("parameter gather of the forward pass")
+        with gathers if self.zero_stage == 3 else nullcontext():
+            loss_sum, num_valid = self._engine(*micro_batch)
+        return loss_sum, num_valid
+
+    def full_state(self) -> Iterator[tuple[str, nn.Parameter, dict[str, torch.Tensor]]]:
+        """Yield of every parameter here its name, itself, and its float32 value and moments.
+
+        They are whole, but for experts, of which each rank has its own. A collective under ZeRO:
+        every rank must run through all of it, one parameter at a time.
         """
         for name, parameter in self.model.named_parameters():
             with self._watch(f"gather of {name}"):
                 tensors = self._full_tensors(parameter)
-            yield name, tensors
+            yield name, parameter, tensors
 
-    def load_moments(self, step: int, moments: Callable[[str, str], torch.Tensor]) -> None:
+    def load_moments(self, step: int, moments: Callable[[str, str, nn.Parameter], torch.Tensor]) -> None:
         """Put back the optimizer's moments (the parameters are loaded before the engine starts).
 
         Args:
             step: steps the optimizer had applied.
-            moments: maps ("exp_avg" or "exp_avg_sq", parameter name) to the whole tensor.
+            moments: maps "exp_avg" or "exp_avg_sq", a parameter's name and itself to the moment,
+                whole, but for experts, of which it has those of this rank.
         """
         for state in self._optimizer.state.values():
             state["step"].fill_(step)
@@ -156,7 +192,7 @@ class Engine:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.model.named_parameters():
             for moment in MOMENTS:
-                value = moments(moment, name)
+                value = moments(moment, name, parameter)
                 if self.zero_stage == 0:
                     self._optimizer.state[parameter][moment].copy_(value)
                 elif self.zero_stage == 3:
@@ -192,24 +228,47 @@ class Engine:
         return list(wrapper.single_partition_of_fp32_groups)
 
 
-def _payload_kind(operation: str, size: int) -> str:
-    """Name what a collective of DeepSpeed carries in a step; one or two numbers are no gradient."""
-    if not size:
-        return ""
-    if size <= 8:
-        return "scalars"
-    return "gradients" if "reduce" in operation else "parameters"
+def poison(loss: torch.Tensor) -> torch.Tensor:
+    """Return the loss such that one that is not finite leaves no finite gradient behind."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
-def _bytes_sent(operation: str, num_bytes: int, size: int) -> int:
-    """Return the bytes a rank sends of tensors logged with `num_bytes`, by rings over the ranks."""
-    if "all_reduce" in operation:
-        return 2 * (size - 1) * num_bytes // size
-    if "broadcast" in operation:
-        return (size > 1) * num_bytes // size  # one of `size` ranks sends it
-    if "all_gather" in operation:
-        return (size - 1) * num_bytes  # logged with the size of the rank's own part
-    return (size - 1) * num_bytes // size
+class _Experts(MoE):
+    """Tells DeepSpeed that there are experts; ours dispatch for themselves."""
+
+    def __init__(self, num_experts: int) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = num_experts
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Make no groups: they are those of the mesh."""
+
+
+def _share_out_experts(
+    model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh
+) -> None:
+    """Make DeepSpeed sum the gradients of experts over the ranks that hold the same ones."""
+    if mesh.ep.size == 1:
+        return
+    assert mesh.groups is not None, "several ranks have groups"
+    for rank in range(mesh.world_size):
+        mesh.groups.get([rank])  # an expert that one rank holds is summed over that one
+    name = f"ep_size_{mesh.ep.size}"
+    groups._EXPERT_PARALLEL_GROUP[name] = mesh.ep.group
+    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = mesh.ep.ranks
+    groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.groups.get(mesh.edp.ranks)
+    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = mesh.edp.ranks
+    experts = [p for p in model.parameters() if is_expert(p)]
+    if not experts:
+        return
+    for parameter in experts:
+        parameter.allreduce, parameter.group_name = False, name  # type: ignore[attr-defined]
+    model.add_module("_experts", _Experts(mesh.ep.size))
+    for group in list(optimizer.param_groups):
+        mine = [p for p in group["params"] if is_expert(p)]
+        if mine:
+            group["params"] = [p for p in group["params"] if not is_expert(p)]
+            optimizer.param_groups.append({**group, "params": mine, "name": name, "moe": True})
 
 
 def _deepspeed_config(
@@ -226,7 +285,7 @@ def _deepspeed_config(
         zero["offload_param"] = {"device": "cpu"}
     return {
         # To DeepSpeed, sequence ranks are data ranks: its own sequence options reduce wrongly.
-        "train_batch_size": micro_batch_size * grad_accum_steps * mesh.world_size,
+        "train_batch_size": micro_batch_size * grad_accum_steps * mesh.stage.size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": grad_accum_steps,
         # Under ZeRO 0 `Engine.step` clips, since DeepSpeed would apply a non-finite gradient there.
@@ -235,5 +294,4 @@ def _deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
-        "comms_logger": {"enabled": True, "verbose": False, "prof_all": True},
     }

@@ -4,6 +4,7 @@ import atexit
 import os
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -73,30 +74,62 @@ class Axis:
         return len(self.ranks)
 
 
+class Groups:
+    """The process groups by their ranks, so that no two groups have the same ones.
+
+    Two groups over the same ranks could wait for each other.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self._timeout = timedelta(seconds=timeout_seconds)
+        self._made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+
+    def get(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        """Return the group over `ranks`; every rank of the world must call, in one order."""
+        members = tuple(ranks)
+        if members not in self._made:
+            if len(members) == dist.get_world_size():
+                self._made[members] = dist.group.WORLD
+            else:
+                self._made[members] = dist.new_group(list(members), timeout=self._timeout)
+        return self._made[members]
+
+
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks and sizes by axis: rank = (dp_rank * ring + ring_rank) * ulysses + ulysses_rank.
+    """Ranks and sizes by axis: rank = ((pp * dp + dp) * ring + ring) * ulysses + ulysses, where a
+    name stands for the size of an axis before a `*` and for the place on it after a `+`.
 
-    The ranks of the ring and of Ulysses together are the sequence axis `sp`. `dp` in the ledger
-    stands for all ranks, over which gradients are summed.
+    The ranks of the ring and of Ulysses together are the sequence axis `sp`. A stage of the
+    pipeline is all ranks that hold the same layers; they sum their gradients, and `dp` in the
+    ledger stands for them. `ep` neighbours of a stage share out the experts, and those with the
+    same experts are `edp`, which sum the experts' gradients.
     """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    groups: Groups | None = None
+    """All that were made; None where there is one rank."""
     world: Axis = Axis("dp")
+    stage: Axis = Axis("dp")
+    pp: Axis = Axis("pp")
+    ep: Axis = Axis("ep")
+    edp: Axis = Axis("edp")
     sp: Axis = Axis("sp")
     ring: Axis = Axis("ring")
     ulysses: Axis = Axis("ulysses")
+    ends: Axis = Axis("pp")
+    """The first and the last stage, which share tied embeddings."""
 
     @property
     def dp_rank(self) -> int:
-        return self.rank // self.sp_size
+        return self.stage.index // self.sp_size
 
     @property
     def dp_size(self) -> int:
-        return self.world_size // self.sp_size
+        return self.stage.size // self.sp_size
 
     @property
     def sp_rank(self) -> int:
@@ -115,6 +148,8 @@ def init_mesh(
     *,
     ulysses: int = 1,
     ring: int = 1,
+    pp: int = 1,
+    ep: int = 1,
 ) -> Mesh:
     """Join the process group of the world, unless that was done before, and return the mesh.
 
@@ -124,7 +159,9 @@ def init_mesh(
     Args:
         timeout_seconds: longest wait in one collective.
         ulysses: neighbouring ranks that exchange heads for tokens.
-        ring: places of the ring; ulysses * ring divides the world.
+        ring: places of the ring.
+        pp: stages of the pipeline; pp * ulysses * ring divides the world.
+        ep: neighbours of a stage that share out the experts; divides the ranks of a stage.
 
     Raises:
         CommunicationError: not all ranks came in time.
@@ -132,7 +169,7 @@ def init_mesh(
     try:
         if not dist.is_initialized():
             _join(world, backend, timeout_seconds)
-        return _build_mesh(world, device, timeout_seconds, ulysses, ring)
+        return _build_mesh(world, device, timeout_seconds, (pp, ep, ring, ulysses))
     except (RuntimeError, OSError) as error:
         if not isinstance(error, OSError) and not is_of_a_group(error):
             raise
@@ -183,41 +220,36 @@ def _await_meeting_place(timeout_seconds: float) -> None:
 
 
 def _build_mesh(
-    world: World, device: torch.device, timeout_seconds: float, ulysses: int, ring: int
+    world: World, device: torch.device, timeout_seconds: float, sizes: tuple[int, int, int, int]
 ) -> Mesh:
-    ranks = torch.arange(world.world_size).view(-1, ring, ulysses)
-    groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    pp, ep, ring, ulysses = sizes
+    ranks = torch.arange(world.world_size)
+    stages, sequences = ranks.view(pp, -1), ranks.view(-1, ring, ulysses)
+    groups = Groups(timeout_seconds)
 
     def build_axis(name: str, rows: torch.Tensor) -> Axis:
         """Every rank makes the groups of all rows, in one order; this one's becomes the axis."""
         own: tuple[int, ...] = (world.rank,)
+        group = None
         for row in rows.tolist():
-            members = tuple(row)
-            if world.rank in members:
-                own = members
-            if len(members) > 1 and members not in groups:
-                # Two groups over the same ranks could wait for each other: one serves all axes.
-                groups[members] = _group(members, world, timeout_seconds)
-        return Axis(name, own, own.index(world.rank), groups.get(own))
+            made = groups.get(row) if len(row) > 1 else None
+            if world.rank in row:
+                own, group = tuple(row), made
+        return Axis(name, own, own.index(world.rank), group)
 
     return Mesh(
         world.rank,
         world.world_size,
         world.local_rank,
         device,
-        world=build_axis("dp", ranks.reshape(1, -1)),
-        sp=build_axis("sp", ranks.flatten(1)),
-        ring=build_axis("ring", ranks.transpose(1, 2).reshape(-1, ring)),
-        ulysses=build_axis("ulysses", ranks.reshape(-1, ulysses)),
+        groups,
+        world=build_axis("dp" if pp == 1 else "world", ranks.view(1, -1)),
+        stage=build_axis("dp", stages),
+        pp=build_axis("pp", stages.T),
+        ep=build_axis("ep", ranks.view(-1, ep)),
+        edp=build_axis("edp", ranks.view(pp, -1, ep).transpose(1, 2).reshape(pp * ep, -1)),
+        sp=build_axis("sp", sequences.flatten(1)),
+        ring=build_axis("ring", sequences.transpose(1, 2).reshape(-1, ring)),
+        ulysses=build_axis("ulysses", sequences.reshape(-1, ulysses)),
+        ends=build_axis("pp", stages.T[:, sorted({0, pp - 1})]),
     )
-
-
-def _group(members: tuple[int, ...], world: World, timeout_seconds: float) -> dist.ProcessGroup:
-    if len(members) == world.world_size:
-        whole = dist.group.WORLD
-        assert whole is not None, "the process group of the world was made above"
-        return whole
-    group: dist.ProcessGroup = dist.new_group(
-        list(members), timeout=timedelta(seconds=timeout_seconds)
-    )
-    return group

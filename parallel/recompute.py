@@ -38,6 +38,11 @@ class Memory:
             self._next = None
 
 
+def is_backward() -> bool:
+    """Return whether this runs inside a backward pass, as a forward pass that is recomputed does."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def run_recomputed(
     function: Callable[..., torch.Tensor], x: torch.Tensor, *rest: Any, memory: Memory | None = None
 ) -> torch.Tensor:

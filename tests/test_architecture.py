@@ -12,12 +12,12 @@ LAYERS = ("conf", "ops", "parallel", "models", "trainer", "cluster")
 UPWARD = {("trainer/__main__.py", "cluster")}
 HOMES = {
     "triton": ("ops/*/triton_*.py", "ops/triton_*.py"),
-    "deepspeed": ("parallel/engine.py",),
+    "deepspeed": ("parallel/*engine.py", "parallel/deepspeed_backend.py"),
     "ray": ("cluster/*",),
     "hydra": ("cluster/*",),
     "omegaconf": ("cluster/*",),
     "mlflow": ("trainer/tracking.py",),
-    "safetensors": ("trainer/checkpoint.py", "models/*"),
+    "safetensors": ("trainer/checkpoint*.py", "models/*"),
     "transformers": ("trainer/bench*",),
     "torch.cuda": ("cluster/accelerators/cuda.py",),
     "torch.distributed": ("parallel/*",),

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, KeysView
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+from trainer.checkpoint_tensors import CheckpointDamaged, CheckpointTensors
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +33,6 @@ _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _SHARD = "shard_{:05d}.safetensors"
 _FOLDER = re.compile(r"\.?step_(\d{8,})(\.replaced)?")
-
-
-class CheckpointDamaged(ValueError):  # noqa: N818 (says what is so)
-    """A checkpoint is not what was written; names the file and what is wrong with it."""
 
 
 class CheckpointWriteError(RuntimeError):
@@ -147,42 +145,6 @@ class CheckpointStore:
         if not (steps := self.steps()):
             return "there is no earlier checkpoint"
         return f"the earlier checkpoints are intact, the newest is {self._path(steps[-1])}"
-
-
-class CheckpointTensors:
-    """The tensors of several shards by name, on the CPU; only `get` reads one."""
-
-    def __init__(self, shards: Iterable[Path]) -> None:
-        self.shapes: dict[str, torch.Size] = {}
-        self._shards: dict[str, Path] = {}
-        for shard in shards:
-            self._open(shard)
-            for name in self._handle.keys():  # noqa: SIM118 (no mapping)
-                if name in self._shards:
-                    raise CheckpointDamaged(f"{shard}: {name!r} is also in {self._shards[name]}")
-                self.shapes[name] = torch.Size(self._handle.get_slice(name).get_shape())
-                self._shards[name] = shard
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shards)
-
-    def keys(self) -> KeysView[str]:
-        """Return the names shard by shard, the order in which reading is cheapest."""
-        return self._shards.keys()
-
-    def get(self, name: str) -> torch.Tensor:
-        """Read one tensor; raises ValueError for a name that no shard holds."""
-        if name not in self._shards:
-            raise ValueError(f"no shard holds {name!r}; there are {len(self._shards)} other names")
-        if self._shards[name] != self._opened:
-            self._open(self._shards[name])
-        return self._handle.get_tensor(name)
-
-    def _open(self, shard: Path) -> None:
-        try:
-            self._opened, self._handle = shard, safe_open(shard, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointDamaged(f"{shard}: {error}") from error
 
 
 def verify(path: Path) -> None:

@@ -47,12 +47,6 @@ def _check_parallel(config: Config, world_size: int) -> None:
             f"launcher.num_workers={launcher.num_workers}: launcher=inline runs one rank; use "
             "launcher=ray"
         )
-    for axis in ("pp", "ep"):
-        if getattr(parallel, axis) != 1:
-            raise ValueError(
-                f"parallel.{axis}={getattr(parallel, axis)}: this version spreads work over the "
-                f"data and sequence axes only; use parallel.{axis}=1"
-            )
     sp_size = parallel.ulysses * parallel.ring
     ranks = f"{world_size} ranks that launcher={launcher.name} gives"
     if world_size % sp_size:

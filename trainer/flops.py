@@ -14,14 +14,15 @@ from dataclasses import dataclass
 
 import torch
 
-from models.causal_lm import CausalLM, Layer
-from models.layers import Projection
+from models.causal_lm import CausalLM
+from models.layers import projection_weights
 from models.mixers import Mixer
 
 
 @dataclass(frozen=True)
 class _LayerCost:
     kind: str
+    ffn_kind: str
     mixer_weights: int
     ffn_weights: int
     mixers: tuple[Mixer, ...]
@@ -35,12 +36,20 @@ class FlopCounter:
         self.num_sinks = model.config.num_sinks
         self.head_weights = model.head.weight.numel()
         self.layers = []
-        for layer in model.layers:
-            assert isinstance(layer, Layer)
+        for _, layer in model.named_layers():
             mixers = tuple(mixer for _, mixer in layer.mixer.named_branches())
-            weights = projection_weights(layer.mixer), projection_weights(layer.ffn)
-            self.layers.append(_LayerCost(layer.mixer.kind, *weights, mixers))
+            weights = projection_weights(layer.mixer), layer.ffn.active_weights()
+            self.layers.append(_LayerCost(layer.mixer.kind, layer.ffn.kind, *weights, mixers))
         self.kinds = list(self.training([1]))
+
+    def layer_costs(self, seq_len: int) -> tuple[list[float], float]:
+        """Return the forward FLOPs of each layer and of the head, over one sequence."""
+        layers = [
+            2.0 * (layer.mixer_weights + layer.ffn_weights) * seq_len
+            + sum(mixer.mixing_flops([seq_len], self.num_sinks) for mixer in layer.mixers)
+            for layer in self.layers
+        ]
+        return layers, 2.0 * self.head_weights * seq_len
 
     def training(self, doc_lengths: Sequence[int], *, hardware: bool = False) -> dict[str, float]:
         """Return the FLOPs of forward and backward over the documents, by kind of layer.
@@ -59,27 +68,21 @@ class FlopCounter:
             for mixer in layer.mixers if hardware else ():
                 forward, backward = mixer.extra_flops(doc_lengths, self.num_sinks)
                 flops[layer.kind] += (mixer_passes - 2) * forward + backward
-            flops["ffn"] += ffn_passes * 2 * layer.ffn_weights * tokens
+            flops[layer.ffn_kind] += ffn_passes * 2 * layer.ffn_weights * tokens
         flops["head_and_loss"] += 3 * 2 * self.head_weights * tokens
         return dict(flops)
-
-
-def projection_weights(module: torch.nn.Module) -> int:
-    """Return the weights that multiply each token; biases and norms count nothing."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, Projection))
 
 
 def parameters_by_kind(model: CausalLM) -> dict[str, int]:
     """Return the parameters of each kind of layer; a tied head counts with the embedding."""
     counts: dict[str, int] = defaultdict(int)
-    for layer in model.layers:
-        assert isinstance(layer, Layer)
+    for _, layer in model.named_layers():
         counts[layer.mixer.kind] += sum(p.numel() for p in layer.mixer.parameters())
-        counts["ffn"] += sum(p.numel() for p in layer.ffn.parameters())
+        counts[layer.ffn.kind] += sum(p.numel() for p in layer.ffn.parameters())
         norms = layer.mixer_norm.weight.numel() + layer.ffn_norm.weight.numel()
         counts["embedding_and_norms"] += norms
     counts["embedding_and_norms"] += model.embed.weight.numel() + model.norm.weight.numel()
-    if model.sinks is not None:
+    if model.config.num_sinks:
         counts["embedding_and_norms"] += model.sinks.weight.numel()
     if model.head.weight is not model.embed.weight:
         counts["head_and_loss"] += model.head.weight.numel()

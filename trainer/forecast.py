@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 
 from conf.schema import ParallelConfig
-from models.causal_lm import CausalLM, Layer
+from models.causal_lm import CausalLM
 from parallel.comm import Comm
 from parallel.cost import SequenceCost, Traffic, zero_traffic
 from parallel.layout import SequenceLayout
@@ -27,12 +27,11 @@ class Forecast:
         comm: Comm,
     ) -> None:
         self._parallel, self._itemsize = parallel, dtype.itemsize
-        self._ledger, self._num_ranks = comm.ledger, comm.mesh.world_size
+        self._ledger, self._num_ranks = comm.ledger, comm.mesh.stage.size
         self._groups = [[p.numel() for p in group["params"]] for group in optimizer.param_groups]
         self._mixers = [
             mixer
-            for layer in model.layers
-            if isinstance(layer, Layer)
+            for _, layer in model.named_layers()
             for _, mixer in layer.mixer.named_branches()
         ]
         self._last: tuple[SequenceLayout, dict[str, Traffic]] | None = None

@@ -12,30 +12,27 @@ import torch
 
 from conf.schema import Config
 from models.causal_lm import CausalLM
-from models.spiking import spike_encoders
-from ops.spike import MAX_COUNT
+from models.moe import Routing
 from parallel.comm import Comm
-from parallel.engine import Engine
+from parallel.engine import Engine, MicroBatch
 from parallel.flight_recorder import FlightRecorder
 from parallel.layout import SequenceLayout, build_layout
 from parallel.ledger import Ledger
 from parallel.mesh import Mesh
+from parallel.pipeline_engine import PipelinedEngine
 from parallel.sequence import SequenceContext
 from trainer.accelerator import Accelerator
-from trainer.checkpoint import (
-    CheckpointStore,
-    CheckpointWriteError,
-    load_state,
-    load_tensors,
-    resolve,
-)
+from trainer.checkpoint import CheckpointStore, CheckpointWriteError, load_state, resolve
 from trainer.data import Batch, TokenDataset, micro_batches, prepare, validation_batches
 from trainer.flops import FlopCounter, measure_peak_flops, parameters_by_kind
 from trainer.forecast import Forecast
+from trainer.model_state import load_moments, load_weights, own_shard
 from trainer.optim import build_optimizer, learning_rate
+from trainer.partition import choose_part
 from trainer.profiler import StepProfiler
 from trainer.progress import Progress
 from trainer.record import Recorder, RunFacts
+from trainer.statistics import RouterStatistics, SpikeStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -88,39 +85,43 @@ class Trainer:
         self.train_data = TokenDataset(folder, "train", data.seq_len, config.run.seed)
         self.val_data = TokenDataset(folder, "val", data.seq_len, config.run.seed)
 
+        with torch.device("meta"):
+            whole = CausalLM(config.model, config.spike, config.ops)
+        self.flops = FlopCounter(whole, config.parallel.recompute)
         model = CausalLM(
             config.model,
             config.spike,
             config.ops,
             dtype=self.dtype,
             recompute=config.parallel.recompute,
+            part=choose_part(self.flops, config, mesh),
         ).to(mesh.device)
         checkpoint = self._find_checkpoint()
-        self._load_weights(model, checkpoint)
-        self.flops = FlopCounter(model, config.parallel.recompute)
+        if checkpoint is None:
+            model.reset_parameters(config.run.seed)
+        else:
+            load_weights(model, checkpoint)
         peak = measure_peak_flops(mesh.device, self.dtype)
-        facts = RunFacts(parameters_by_kind(model), peak * mesh.world_size, accelerator)
-        self.spikes = spike_encoders(model)
+        facts = RunFacts(parameters_by_kind(whole), peak * mesh.world_size, accelerator)
+        self.spikes = SpikeStatistics(whole, model)
+        self.routers = RouterStatistics(whole, model)
         self.profiler.watch(model)
         optimizer = build_optimizer(model, config.optim)
         self.forecast = Forecast(
             model, optimizer, parallel=config.parallel, dtype=self.dtype, comm=self.comm
         )
-        self.engine = Engine(
+        build_engine = Engine if mesh.pp.size == 1 else PipelinedEngine
+        self.engine = build_engine(
             model,
             optimizer,
             parallel=config.parallel,
             optim=config.optim,
-            mesh=mesh,
-            recorder=self.comm.recorder,
+            comm=self.comm,
             grad_accum_steps=data.global_batch_size // (data.micro_batch_size * mesh.dp_size),
             micro_batch_size=data.micro_batch_size,
         )
         if checkpoint is not None and self.state.optimizer_steps:
-            tensors = load_tensors(checkpoint)
-            self.engine.load_moments(
-                self.state.optimizer_steps, lambda moment, name: tensors.get(f"{moment}/{name}")
-            )
+            load_moments(self.engine, self.state.optimizer_steps, checkpoint)
         self.recorder = Recorder(config, self.comm, facts, self.profiler)
         self.recorder.start(self.state.step)
 
@@ -167,13 +168,14 @@ class Trainer:
             with self.profiler.kind("optimizer"):
                 grad_norm, applied = self.engine.step(lr)
             with self.profiler.kind("communication"):
-                totals, spikes = self._reduce(loss_sum, batches)
+                totals, spikes, routing = self._reduce(loss_sum, batches)
             self.accelerator.synchronize()
+        if applied:
+            self.routers.balance(routing)
         state.consumed += self.config.data.global_batch_size
         state.num_tokens += int(totals["tokens"])
         state.optimizer_steps += applied
         state.nonfinite_in_row = 0 if applied else state.nonfinite_in_row + 1
-        self.engine.absorb_communication(self.ledger)
         self.forecast.add_step(len(batches), applied=applied)
         loss = totals["loss"] / num_tokens
         record: dict[str, Any] = {
@@ -184,17 +186,17 @@ class Trainer:
             "num_tokens": state.num_tokens,
             "step_seconds": time.perf_counter() - start,
             "peak_memory_bytes": self.accelerator.peak_memory_bytes(),
+            **self.routers.metrics(routing),
             "flops_by_kind": {k: totals[k] for k in self.flops.kinds},
             "hardware_flops": totals["hardware_flops"],
         }
         if not applied:
             kind = "gradient" if math.isfinite(loss) else "loss"
             record |= {"skipped": True, "reason": f"non-finite {kind}"}
-        if self.spikes:
+        if spikes:
             record["spike_histograms"] = spikes
         return record
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
         """Return the record of the loss over the validation sequences; every rank must call."""
         data = self.config.data
@@ -205,15 +207,12 @@ class Trainer:
             self.mesh.dp_rank,
             self.mesh.dp_size,
         )
-        self.engine.model.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.mesh.device)
+        loss_sum, num_valid = self.engine.evaluate([self._shard(batch) for batch in batches])
         for batch in batches:
-            loss_sum, num_valid = self._forward(batch)
-            num_bytes = sum(b.num_bytes for b in self._counted([batch]))
-            sums += sums.new_tensor([float(loss_sum), float(num_valid), num_bytes])
-        self.engine.model.train()
+            self.forecast.add_pass("forward", self._layout(batch))
+        num_bytes = sum(b.num_bytes for b in self._counted(batches))
+        sums = torch.stack([loss_sum, num_valid, loss_sum.new_tensor(num_bytes)])
         loss, tokens, num_bytes = self._sum(sums).tolist()
-        self.engine.absorb_communication(self.ledger)  # ZeRO 3 gathers parameters
         return {
             "step": self.state.step,
             "val_loss": loss / tokens,
@@ -228,11 +227,7 @@ class Trainer:
         """
         step, first = self.state.step, self.mesh.rank == 0
         self._write(lambda: self.store.begin(step), first)
-        shard: dict[str, torch.Tensor] = {}
-        for i, (name, tensors) in enumerate(self.engine.full_state()):
-            if i % self.mesh.world_size == self.mesh.rank:
-                shard |= {f"{kind}/{name}": t.cpu().clone() for kind, t in tensors.items()}
-        self.engine.absorb_communication(self.ledger, "checkpoint")
+        shard = own_shard(self.engine)
         self._write(lambda: self.store.write_shard(step, self.mesh.rank, shard))
         self.recorder.sync()
         state, num_shards = dataclasses.asdict(self.state), self.mesh.world_size
@@ -275,15 +270,6 @@ class Trainer:
         logger.info("continuing from %s", path)
         return Path(path)
 
-    def _load_weights(self, model: CausalLM, checkpoint: Path | None) -> None:
-        if checkpoint is None:
-            model.reset_parameters(self.config.run.seed)
-            return
-        tensors = load_tensors(checkpoint)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(tensors.get(f"model/{name}"))
-
     def _next_batches(self) -> list[Batch]:
         data = self.config.data
         return micro_batches(
@@ -295,14 +281,18 @@ class Trainer:
             dp_size=self.mesh.dp_size,
         )
 
-    def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self.mesh.device
-        parallel, layout = self.config.parallel, self._layout(batch)
-        context = SequenceContext(layout, self.config.ops, self.comm, parallel.linear)
+    def _shard(self, batch: Batch) -> MicroBatch:
+        """Return this rank's tokens of a batch, and who has the others."""
+        device, data, layout = self.mesh.device, self.config.data, self._layout(batch)
+        context = SequenceContext(
+            layout,
+            self.config.ops,
+            self.comm,
+            self.config.parallel.linear,
+            aux_loss_scale=self.mesh.stage.size / (data.global_batch_size * data.seq_len),
+        )
         tokens, labels = layout.shard(batch.tokens), layout.shard(batch.labels)
-        loss_sum, num_valid = self.engine(tokens.to(device), labels.to(device), context)
-        self.forecast.add_pass("forward", layout)
-        return loss_sum, num_valid
+        return MicroBatch(tokens.to(device), labels.to(device), context)
 
     def _layout(self, batch: Batch) -> SequenceLayout:
         parallel = self.config.parallel
@@ -315,8 +305,8 @@ class Trainer:
         )
 
     def _counted(self, batches: list[Batch]) -> list[Batch]:
-        """Return the batches whose tokens this rank counts; the ranks of a sequence share them."""
-        return batches if self.mesh.sp_rank == 0 else []
+        """Return the batches that this rank counts, of those that all ranks of a sequence have."""
+        return batches if self.mesh.sp_rank == self.mesh.pp.index == 0 else []
 
     def _sum(self, x: torch.Tensor, name: str | None = None) -> torch.Tensor:
         """Return the sum over all ranks; every rank must call."""
@@ -333,21 +323,18 @@ class Trainer:
         num_tokens = float(
             self._sum(torch.tensor([local], dtype=torch.float64, device=self.mesh.device))
         )
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for i, batch in enumerate(batches):
-            loss, _ = self._forward(batch)
-            # A loss that is not finite must not leave a finite gradient behind.
-            poison = torch.where(loss.detach().isfinite(), 1.0, math.nan)
-            scale = poison * (self.mesh.world_size / num_tokens)
-            self.engine.backward(loss * scale, last=i == len(batches) - 1)
+        # DeepSpeed averages over the ranks of the stage.
+        scale = self.mesh.stage.size / num_tokens
+        loss_sum = self.engine.accumulate([self._shard(batch) for batch in batches], scale)
+        for batch in batches:
+            self.forecast.add_pass("forward", self._layout(batch))
             self.forecast.add_pass("backward", self._layout(batch))
-            loss_sum += loss.detach().double()
         return loss_sum, num_tokens
 
     def _reduce(
         self, loss_sum: torch.Tensor, batches: list[Batch]
-    ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-        """Sum over the ranks: loss, tokens, FLOPs, and the histogram of each spike encoder."""
+    ) -> tuple[dict[str, float], dict[str, torch.Tensor], dict[str, Routing]]:
+        """Sum over the ranks: loss, tokens, FLOPs, what spike encoders and what routers saw."""
         lengths = [n for b in self._counted(batches) for n in b.cu_seqlens.diff().tolist()]
         scalars = {
             "loss": float(loss_sum),
@@ -355,13 +342,14 @@ class Trainer:
             **self.flops.training(lengths),
             "hardware_flops": sum(self.flops.training(lengths, hardware=True).values()),
         }
-        histograms = [encoder.take_histogram() for encoder in self.spikes.values()]
-        values = torch.tensor(list(scalars.values()), dtype=torch.float64, device=self.mesh.device)
-        flat = torch.cat([values, *histograms])
-        flat = self._sum(flat).cpu()
-        totals = dict(zip(scalars, flat[: len(scalars)].tolist(), strict=True))
-        rows = flat[len(scalars) :].split(MAX_COUNT + 1) if histograms else ()
-        return totals, dict(zip(self.spikes, rows, strict=True))
+        parts = [
+            torch.tensor(list(scalars.values()), dtype=torch.float64, device=self.mesh.device),
+            self.spikes.take(),
+            self.routers.take(),
+        ]
+        sums = self._sum(torch.cat(parts)).cpu().split([len(part) for part in parts])
+        totals = dict(zip(scalars, sums[0].tolist(), strict=True))
+        return totals, self.spikes.name(sums[1]), self.routers.name(sums[2])
 
     def _check_finite(self) -> None:
         limit = self.config.run.max_nonfinite_steps

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from models.causal_lm import CausalLM, Layer
+from models.causal_lm import CausalLM
 
 
 class StepProfiler:
@@ -49,15 +49,16 @@ class StepProfiler:
 
     def watch(self, model: CausalLM) -> None:
         """Charge the forward and backward passes of the model's parts to their kinds."""
-        self._watch(model.embed, "embedding_and_norms", backward=False)  # its input has no gradient
-        self._watch(model.norm, "embedding_and_norms")
-        self._watch(model.head, "head_and_loss")
-        for layer in model.layers:
-            assert isinstance(layer, Layer)
+        for name, module in model.named_children():
+            if name == "embed":  # its input has no gradient
+                self._watch(module, "embedding_and_norms", backward=False)
+            elif name in ("norm", "head"):
+                self._watch(module, {"norm": "embedding_and_norms", "head": "head_and_loss"}[name])
+        for _, layer in model.named_layers():
             self._watch(layer.mixer_norm, "embedding_and_norms")
             self._watch(layer.ffn_norm, "embedding_and_norms")
             self._watch(layer.mixer, layer.mixer.kind)
-            self._watch(layer.ffn, "ffn")
+            self._watch(layer.ffn, layer.ffn.kind)
 
     def seconds_per_step(self) -> dict[str, float]:
         """Return the mean seconds of each kind over the profiled steps."""

@@ -8,7 +8,8 @@ import yaml
 
 from conf.schema import Config, build
 from models.causal_lm import CausalLM
-from trainer.checkpoint import load_tensors, resolve, verify
+from trainer.checkpoint import resolve, verify
+from trainer.model_state import load_weights
 
 
 class Restored(NamedTuple):
@@ -36,8 +37,5 @@ def restore_model(path: str, device: torch.device) -> Restored:
     model = CausalLM(
         config.model, config.spike, config.ops, dtype=getattr(torch, config.dtype)
     ).eval()
-    tensors = load_tensors(checkpoint)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors.get(f"model/{name}"))
+    load_weights(model, checkpoint)
     return Restored(config, model.to(device), checkpoint)

@@ -4,6 +4,8 @@ Equations 15 to 18 of arXiv:2509.05276 without expert capacity. Everything repea
 `counts`, how many rows each expert gets, is the load that balance is judged by.
 """
 
+from typing import Literal
+
 import torch
 
 from ops.registry import FLOATS, Implementation, choose
@@ -23,28 +25,47 @@ IMPLEMENTATIONS = (
 
 
 def route(
-    logits: torch.Tensor, k: int, *, normalize: bool = True, impl: str | None = None
+    logits: torch.Tensor,
+    k: int,
+    *,
+    normalize: bool = True,
+    score: Literal["softmax", "sigmoid"] = "softmax",
+    bias: torch.Tensor | None = None,
+    impl: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the k likeliest experts of each token and weigh them by `softmax(logits)`.
+    """Choose the k experts of each token that score highest and weigh them by their scores.
 
     Args:
         logits: router logits [N, G] of N tokens and G experts, without NaN.
         k: experts per token, 1 to G.
-        normalize: divide the weights of a token by their sum.
+        normalize: divide the weights of a token by their sum. The quotient is that of the exact
+            scores: finite, and of sum 1, for any finite logits, even if all scores round to 0.
+        score: what a score is: `softmax(logits)` over the experts, or `sigmoid(logits)` of each.
+        bias: float32 [G], added to the scores where experts are chosen, not where they are weighed
+            (eq. 3 of arXiv:2408.15664); not differentiable.
         impl: pin an implementation by name.
 
     Returns:
         weights [N, k], float32 (float64 for float64 logits), differentiable, and experts [N, k],
-        int64, by falling logit; of equal logits the expert with the lower index comes first.
+        int64, by falling logit, or by falling sum of score and bias where there is a bias; of
+        equal ones the expert with the lower index comes first.
 
     Raises:
-        ValueError: logits are no matrix or k does not fit.
+        ValueError: logits are no matrix, k or bias does not fit, or score has no meaning.
     """
     if logits.dim() != 2:
         raise ValueError(f"logits have shape {list(logits.shape)}; give [tokens, experts]")
     if not 1 <= k <= logits.shape[1]:
         raise ValueError(f"k={k} must be within 1 and the {logits.shape[1]} experts of logits")
-    weights, experts = choose("moe.route", IMPLEMENTATIONS, logits, impl)(logits, k, normalize)
+    if score not in ("softmax", "sigmoid"):
+        raise ValueError(f"score={score} must be softmax or sigmoid")
+    if bias is not None and (bias.shape != logits.shape[1:] or bias.dtype != torch.float32):
+        raise ValueError(
+            f"bias is {bias.dtype} {list(bias.shape)}; give float32 [{logits.shape[1]}]"
+        )
+    weights, experts = choose("moe.route", IMPLEMENTATIONS, logits, impl)(
+        logits, k, normalize, score, None if bias is None else bias.detach()
+    )
     return weights, experts
 
 

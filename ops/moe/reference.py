@@ -1,16 +1,21 @@
 """The definitions of routing, sorting and grouped products in float64, for autograd."""
 
 import torch
+from torch.nn.functional import logsigmoid
 
 
-def route(logits: torch.Tensor, k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    logits: torch.Tensor, k: int, normalize: bool, score: str, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.moe.route`."""
-    experts = logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
     wide = logits.double()
-    # Over their sum, the chosen probabilities are the softmax of the chosen logits alone.
-    weights = (
-        wide.gather(1, experts).softmax(1) if normalize else wide.softmax(1).gather(1, experts)
-    )
+    scores = wide.softmax(1) if score == "softmax" else wide.sigmoid()
+    # Logits order as their scores do, also where those are equal only because they are rounded.
+    keys = wide if bias is None else scores + bias
+    experts = keys.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    # Over their sum, scores are the softmax of their logarithms, and logits are those of a softmax.
+    logs = wide if score == "softmax" else logsigmoid(wide)
+    weights = logs.gather(1, experts).softmax(1) if normalize else scores.gather(1, experts)
     return weights.to(torch.promote_types(logits.dtype, torch.float32)), experts
 
 

@@ -4,18 +4,30 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import logsigmoid
 
 from ops.moe.order import invert, sort_by_expert
 
 
-def route(logits: torch.Tensor, k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    logits: torch.Tensor, k: int, normalize: bool, score: str, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.moe.route`."""
-    # Not topk, which orders equal logits as it likes.
-    experts = logits.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if normalize:
-        return wide.gather(1, experts).softmax(dim=1), experts
-    return wide.softmax(dim=1).gather(1, experts), experts
+    keys = logits.detach()
+    if bias is not None:
+        keys = wide.detach()
+        # Not sigmoid, which rounds the last elements of a tensor in their own way: no tie is safe.
+        keys = bias + (keys.softmax(dim=1) if score == "softmax" else logsigmoid(keys).exp())
+    # Not topk, which orders equal ones as it likes.
+    experts = keys.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    if score == "softmax" and not normalize:
+        return wide.softmax(dim=1).gather(1, experts), experts
+    chosen = wide.gather(1, experts)
+    if not normalize:
+        return chosen.sigmoid(), experts
+    # Over their sum, scores are the softmax of their logarithms, and logits are those of a softmax.
+    return (chosen if score == "softmax" else logsigmoid(chosen)).softmax(dim=1), experts
 
 
 def permute(

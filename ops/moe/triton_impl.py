@@ -26,16 +26,19 @@ _ROW_SEARCH: tuple[Blocks, ...] = tuple(
 SEARCH: dict[str, tuple[Blocks, ...]] = GROUPED_SEARCH | {
     "route": tuple(
         {"BLOCK_N": rows, "num_warps": warps, "num_stages": 1}
-        for rows, warps in ((1, 1), (1, 4), (4, 1), (4, 4), (16, 4), (32, 4))
+        for rows, warps in ((1, 1), (1, 4), (4, 1), (4, 4), (4, 8), (16, 4), (32, 4))
     ),
     "spread": _ROW_SEARCH,
     "combine": _ROW_SEARCH,
 }
 
 
-def route(logits: torch.Tensor, k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    logits: torch.Tensor, k: int, normalize: bool, score: str, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.moe.route`."""
-    weights, experts = _Route.apply(logits.contiguous(), k, normalize)
+    bias = None if bias is None else bias.contiguous()
+    weights, experts = _Route.apply(logits.contiguous(), k, normalize, score, bias)
     return weights, experts
 
 
@@ -57,7 +60,7 @@ def list_builds(arch: str) -> list[Build]:
     """Return every kernel in every combination that ships."""
     builds = list_grouped_builds(arch)
     names = {"p_order": "i64", "p_rows": "i64", "p_experts": "i64"}
-    names |= {"p_weights": "fp32", "p_dweights": "fp32"}
+    names |= {"p_weights": "fp32", "p_dweights": "fp32", "p_bias": "fp32"}
     types = {name: f"*{dtype}" for name, dtype in names.items()}
     movers = (
         (_spread_kernel, "spread", ("p_weights", "p_y", "p_dweights")),
@@ -68,29 +71,38 @@ def list_builds(arch: str) -> list[Build]:
             blocks, absent = find_blocks("moe", name, 4096, arch), dict.fromkeys(optional)
             builds.append(Build(kernel, f"{dtype}-plain", dtype, absent, blocks, types))
             builds.append(Build(kernel, f"{dtype}-weighted", dtype, {}, blocks, types))
-        for size, normalize in itertools.product((64, 256, 1024), (True, False)):
-            constants = {"NORMALIZE": normalize, "BLOCK_G": size}
-            case = f"{dtype}-G{size}-{'normalized' if normalize else 'plain'}"
+        settings = itertools.product((True, False), ("", "-sigmoid"), (64, 256, 1024))
+        for normalize, score, size in settings:
             blocks = find_blocks("moe", "route", size, arch)
-            for kernel in (_route_fwd_kernel, _route_bwd_kernel):
-                builds.append(Build(kernel, case, dtype, constants, blocks, types))
+            case = f"{dtype}-G{size}{score}-{'normalized' if normalize else 'plain'}"
+            constants: dict[str, Any] = {"NORMALIZE": normalize, "BLOCK_G": size}
+            constants |= {"SCORE": score.removeprefix("-") or "softmax"}
+            # Each constant with a bias and without, not every pair of them.
+            absent = {"p_bias": None} if normalize == (score == "") else {}
+            values = constants | absent
+            builds.append(Build(_route_fwd_kernel, case, dtype, values, blocks, types))
+            builds.append(Build(_route_bwd_kernel, case, dtype, constants, blocks, types))
     return builds
 
 
-def route_fwd(logits: torch.Tensor, k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weights, float32, and experts, int64, both [N, k], of contiguous logits."""
+def route_fwd(
+    logits: torch.Tensor, k: int, normalize: bool, score: str, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights, float32, and experts, int64, both [N, k], of contiguous logits and bias."""
     num_tokens, num_experts = logits.shape
     weights = torch.empty(num_tokens, k, dtype=torch.float32, device=logits.device)
     experts = torch.empty(num_tokens, k, dtype=torch.int64, device=logits.device)
     blocks = find_blocks("moe", "route", num_experts, logits.device)
     _route_fwd_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_N"]),)](
         logits,
+        bias,
         weights,
         experts,
         num_tokens,
         num_experts,
         k,
         NORMALIZE=normalize,
+        SCORE=score,
         BLOCK_G=triton.next_power_of_2(num_experts),
         **blocks,
     )
@@ -103,6 +115,7 @@ def route_bwd(
     weights: torch.Tensor,
     experts: torch.Tensor,
     normalize: bool,
+    score: str,
 ) -> torch.Tensor:
     """Return dlogits [N, G]."""
     num_tokens, num_experts = logits.shape
@@ -118,6 +131,7 @@ def route_bwd(
         num_experts,
         weights.shape[1],
         NORMALIZE=normalize,
+        SCORE=score,
         BLOCK_G=triton.next_power_of_2(num_experts),
         **blocks,
     )
@@ -136,11 +150,16 @@ def unpermute_bwd(
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, k: int, normalize: bool
+        ctx: Any,
+        logits: torch.Tensor,
+        k: int,
+        normalize: bool,
+        score: str,
+        bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, experts = route_fwd(logits, k, normalize)
+        weights, experts = route_fwd(logits, k, normalize, score, bias)
         ctx.save_for_backward(logits, weights, experts)
-        ctx.normalize = normalize
+        ctx.settings = (normalize, score)
         ctx.mark_non_differentiable(experts)
         return weights, experts
 
@@ -148,7 +167,8 @@ class _Route(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dweights: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         logits, weights, experts = ctx.saved_tensors
-        return route_bwd(dweights, logits, weights, experts, ctx.normalize), None, None
+        dlogits = route_bwd(dweights, logits, weights, experts, *ctx.settings)
+        return dlogits, None, None, None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -212,12 +232,14 @@ def _combine(
 @triton.jit
 def _route_fwd_kernel(  # type: ignore[no-untyped-def]
     p_logits,
+    p_bias,
     p_weights,
     p_experts,
     num_tokens,
     num_experts,
     k,
     NORMALIZE: tl.constexpr,
+    SCORE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
@@ -227,8 +249,12 @@ def _route_fwd_kernel(  # type: ignore[no-untyped-def]
     b_mask = (rows < num_tokens) & b_inside
     b_logits = tl.load(p_logits + rows * num_experts + cols, mask=b_mask, other=0.0).to(tl.float32)
     b_logits = tl.where(b_inside, b_logits, float("-inf"))
+    b_keys = b_logits
+    if p_bias is not None:
+        b_keys = _score(b_logits, b_inside, False, SCORE)
+        b_keys += tl.load(p_bias + cols, mask=b_inside, other=0.0)
     # NaN would equal no maximum, and its slot would hold no expert: it ranks first instead.
-    b_keys = tl.where(b_logits == b_logits, b_logits, float("inf"))
+    b_keys = tl.where(b_keys == b_keys, b_keys, float("inf"))
     b_slots = tl.zeros((BLOCK_N, BLOCK_G), tl.int32) + k
     for slot in range(k):
         b_open = b_inside & (b_slots == k)
@@ -236,11 +262,28 @@ def _route_fwd_kernel(  # type: ignore[no-untyped-def]
         b_first = tl.min(tl.where(b_open & (b_keys == b_top), cols, BLOCK_G), axis=1)[:, None]
         b_slots = tl.where(cols == b_first, slot, b_slots)
     b_chosen = b_mask & (b_slots < k)
-    b_exp = tl.exp(b_logits - tl.max(b_logits, axis=1)[:, None])
-    b_sum = tl.sum(tl.where(b_slots < k, b_exp, 0.0) if NORMALIZE else b_exp, axis=1)[:, None]
+    b_weights = _score(b_logits, b_slots < k if NORMALIZE else b_inside, NORMALIZE, SCORE)
     at_slot = rows * k + b_slots
-    tl.store(p_weights + at_slot, b_exp / b_sum, mask=b_chosen)
+    tl.store(p_weights + at_slot, b_weights, mask=b_chosen)
     tl.store(p_experts + at_slot, tl.broadcast_to(cols, b_slots.shape).to(tl.int64), mask=b_chosen)
+
+
+@triton.jit
+def _score(b_logits, b_among, NORMALIZE: tl.constexpr, SCORE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return scores where b_among holds, 0 elsewhere; NORMALIZE or a softmax: of sum 1."""
+    b_logits = tl.where(b_among, b_logits, float("-inf"))
+    if SCORE == "softmax" or NORMALIZE:
+        # Scores are scaled so that the largest does not vanish.
+        b_top = tl.max(b_logits, axis=1)[:, None]
+    if SCORE == "softmax":
+        b_scores = tl.exp(b_logits - b_top)
+    else:
+        b_low = tl.minimum(b_logits, 0.0)
+        b_scores = tl.exp(b_low - tl.minimum(b_top, 0.0) if NORMALIZE else b_low)
+        b_scores /= 1.0 + tl.exp(-tl.abs(b_logits))
+    if SCORE == "softmax" or NORMALIZE:
+        b_scores /= tl.sum(b_scores, axis=1)[:, None]
+    return b_scores
 
 
 @triton.jit
@@ -254,6 +297,7 @@ def _route_bwd_kernel(  # type: ignore[no-untyped-def]
     num_experts,
     k,
     NORMALIZE: tl.constexpr,
+    SCORE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
@@ -268,13 +312,15 @@ def _route_bwd_kernel(  # type: ignore[no-untyped-def]
         b_dweight = tl.load(p_dweights + rows * k + slot, mask=rows < num_tokens, other=0.0)
         b_probs += tl.where(cols == b_expert, b_weight, 0.0)
         b_dlogits += tl.where(cols == b_expert, b_weight * b_dweight, 0.0)
-    b_dot = tl.sum(b_dlogits, axis=1)[:, None]
-    if not NORMALIZE:
+    if SCORE == "sigmoid" or not NORMALIZE:
         b_logits = tl.load(p_logits + rows * num_experts + cols, mask=b_mask, other=0.0)
-        b_logits = tl.where(cols < num_experts, b_logits.to(tl.float32), float("-inf"))
-        b_exp = tl.exp(b_logits - tl.max(b_logits, axis=1)[:, None])
-        b_probs = b_exp / tl.sum(b_exp, axis=1)[:, None]
-    b_dlogits -= b_probs * b_dot
+        b_logits = b_logits.to(tl.float32)
+    if SCORE == "softmax" and not NORMALIZE:
+        b_probs = _score(b_logits, cols < num_experts, NORMALIZE, SCORE)
+    if SCORE == "softmax" or NORMALIZE:
+        b_dlogits -= b_probs * tl.sum(b_dlogits, axis=1)[:, None]
+    if SCORE == "sigmoid":
+        b_dlogits *= _score(-b_logits, cols < num_experts, False, SCORE)
     b_dlogits = b_dlogits.to(p_dlogits.dtype.element_ty)
     tl.store(p_dlogits + rows * num_experts + cols, b_dlogits, mask=b_mask)
 

@@ -26,6 +26,7 @@ class SequenceContext:
         linear: how the states of linear attention reach the next ranks.
         num_sinks: rows before the tokens that hold the sink tokens, the same ones on every rank.
         memory: keeps what communication brought for a recomputed forward pass.
+        aux_loss_scale: weight of the auxiliary losses of one token in what is differentiated.
     """
 
     layout: SequenceLayout
@@ -34,6 +35,7 @@ class SequenceContext:
     linear: Literal["gather", "scan"] = "gather"
     num_sinks: int = 0
     memory: Memory | None = None
+    aux_loss_scale: float = 0.0
     _tables: dict[tuple[int, int, float], tuple[torch.Tensor, torch.Tensor]] = field(
         default_factory=dict, compare=False
     )

@@ -1,0 +1,72 @@
+"""Weights and moments between a rank's part of a model and the checkpoints, which know no parts.
+
+A rank that holds some of the experts writes and reads those rows; all else is whole.
+"""
+
+from pathlib import Path
+
+import torch
+
+from models.causal_lm import CausalLM
+from parallel.engine import Engine
+from parallel.expert import is_expert
+from parallel.layout import Segment
+from parallel.pipeline import ModelPart
+from trainer.checkpoint import load_tensors
+from trainer.checkpoint_tensors import CheckpointTensors, rows_name
+
+
+def load_weights(model: CausalLM, checkpoint: Path) -> None:
+    """Read the parameters, and the state of routers."""
+    tensors = load_tensors(checkpoint)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_read(tensors, f"model/{name}", parameter, model.part))
+        for name, buffer in model.named_buffers():
+            buffer.copy_(tensors.get(f"model/{name}"))
+
+
+def load_moments(engine: Engine, step: int, checkpoint: Path) -> None:
+    """Read the optimizer's moments after `step` steps that it has applied."""
+    tensors = load_tensors(checkpoint)
+    part = engine.model.part
+    assert isinstance(part, ModelPart)
+    engine.load_moments(
+        step, lambda moment, name, p: _read(tensors, f"{moment}/{name}", p, part)
+    )
+
+
+def own_shard(engine: Engine) -> dict[str, torch.Tensor]:
+    """Return what this rank writes of a checkpoint; every rank must call.
+
+    What several ranks hold is shared out among them.
+    """
+    mesh, shard = engine.mesh, {}
+    part = engine.model.part
+    assert isinstance(part, ModelPart)
+    engine.backend.purpose = "checkpoint"
+    for i, (name, parameter, tensors) in enumerate(engine.full_state()):
+        axis = mesh.edp if is_expert(parameter) else mesh.stage
+        is_copy = getattr(parameter, "ds_pipe_replicated", False)
+        if i % axis.size == axis.index and not is_copy:
+            for kind, tensor in tensors.items():
+                key = f"{kind}/{name}"
+                if is_expert(parameter):
+                    key = rows_name(key, _own_rows(len(tensor), part))
+                shard[key] = tensor.cpu().clone()
+    engine.backend.purpose = None
+    if mesh.stage.index == 0:
+        shard |= {f"model/{name}": b.cpu().clone() for name, b in engine.model.named_buffers()}
+    return shard
+
+
+def _read(
+    tensors: CheckpointTensors, name: str, parameter: torch.Tensor, part: ModelPart
+) -> torch.Tensor:
+    if not is_expert(parameter):
+        return tensors.get(name)
+    return tensors.get(name, _own_rows(len(parameter), part))
+
+
+def _own_rows(count: int, part: ModelPart) -> Segment:
+    return Segment(0, count).shift(count * part.ep_rank)

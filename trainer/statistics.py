@@ -1,0 +1,100 @@
+"""What spike encoders and routers saw in a step, summed over the ranks that have them."""
+
+import torch
+
+from models.causal_lm import CausalLM
+from models.moe import Router, Routing
+from models.spiking import spike_encoders
+from ops.spike import MAX_COUNT
+
+
+class SpikeStatistics:
+    """The histograms of all enabled spike encoders, wherever in the pipeline they are.
+
+    Args:
+        whole: the whole model, on the meta device.
+        model: the part of it that this rank has.
+    """
+
+    def __init__(self, whole: CausalLM, model: CausalLM) -> None:
+        self._names = list(spike_encoders(whole))
+        self._here = spike_encoders(model)
+        self._device = next(model.parameters()).device
+
+    def take(self) -> torch.Tensor:
+        """Return what this rank has seen, as a float64 vector to be summed over the ranks."""
+        size, device = MAX_COUNT + 1, self._device
+        flat = torch.zeros(len(self._names), size, dtype=torch.float64, device=device)
+        for i, name in enumerate(self._names):
+            if name in self._here:
+                flat[i] = self._here[name].take_histogram()
+        return flat.flatten()
+
+    def name(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the histograms by the names of their encoders."""
+        return dict(zip(self._names, flat.view(-1, MAX_COUNT + 1), strict=True))
+
+
+class RouterStatistics:
+    """What all routers saw, wherever in the pipeline they are; it balances their loads.
+
+    Args:
+        whole: the whole model, on the meta device.
+        model: the part of it that this rank has.
+    """
+
+    def __init__(self, whole: CausalLM, model: CausalLM) -> None:
+        self._all, self._here = _routers(whole), _routers(model)
+        self._device = next(model.parameters()).device
+
+    def take(self) -> torch.Tensor:
+        """Return what this rank has seen, as a float64 vector to be summed over the ranks."""
+        routings = [
+            self._here[name].take_routing()
+            if name in self._here
+            else Routing.empty(router.config.num_experts, self._device)
+            for name, router in self._all.items()
+        ]
+        empty = torch.zeros(0, dtype=torch.float64, device=self._device)
+        return torch.cat([empty, *(routing.flatten() for routing in routings)])
+
+    def name(self, flat: torch.Tensor) -> dict[str, Routing]:
+        """Return what was seen by the names of the routers."""
+        sizes = [2 * router.config.num_experts + 4 for router in self._all.values()]
+        parts = [Routing.unflatten(part) for part in flat.split(sizes)] if sizes else []
+        return dict(zip(self._all, parts, strict=True))
+
+    def balance(self, routings: dict[str, Routing]) -> None:
+        """Tell each router its load over all ranks."""
+        for name, router in self._here.items():
+            router.balance(routings[name].load)
+
+    def metrics(self, routings: dict[str, Routing]) -> dict[str, float]:
+        """Return what metrics.jsonl says of a step; nothing without routers.
+
+        router_max_load is the load of the busiest expert of the worst layer, as a multiple of the
+        mean; the other figures are means over the layers. The losses are before their weights.
+        """
+        if not routings:
+            return {}
+        max_load = entropy = balance = z = dropped = 0.0
+        for routing in routings.values():
+            load = routing.load / routing.load.sum().clamp_min(1)
+            tokens = routing.tokens.clamp_min(1)
+            max_load = max(max_load, float(load.max()) * len(load))
+            entropy += float(routing.entropy / tokens)
+            balance += float((load * routing.score / tokens).sum()) * len(load)
+            z += float(routing.z / tokens)
+            dropped += float(routing.dropped / routing.load.sum().clamp_min(1))
+        count = len(routings)
+        return {
+            "router_max_load": max_load,
+            "router_entropy": entropy / count,
+            "router_drop_rate": dropped / count,
+            "balance_loss": balance / count,
+            "z_loss": z / count,
+        }
+
+
+def _routers(model: CausalLM) -> dict[str, Router]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Router)}
