@@ -50,7 +50,7 @@ class CheckpointTensors:
             for key in self._handle.keys():  # noqa: SIM118 (no mapping)
                 self._add(key, shard, list(self._handle.get_slice(key).get_shape()))
         for name, parts in self._parts.items():
-            parts.sort()
+            parts.sort(key=lambda part: part.rows.start)
             stop = 0
             for part in parts:
                 if part.rows.start != stop and len(parts) > 1 or part.rows.start > stop:
