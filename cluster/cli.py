@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[Callable[[dict[str, Any]], int], str]] = {
     "generate": (verbs.generate, "stream text from a run's checkpoint"),
     "report": (verbs.report, "write report.json and report.html of a run directory"),
     "export": (verbs.export, "write a checkpoint's weights as safetensors"),
+    "convert": (verbs.convert, "make experts of a run's dense FFNs, to start a new run from"),
     "bench": (verbs.bench, "measure, next to a peer where there is one"),
 }
 

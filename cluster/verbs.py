@@ -12,6 +12,7 @@ from typing import Any
 from conf.schema import (
     BenchConfig,
     Config,
+    ConvertConfig,
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
@@ -101,6 +102,21 @@ def export(tree: dict[str, Any]) -> int:
     path = resolve(Path(config.run))
     verify(path)
     print(export_safetensors(path, Path(config.out), getattr(torch, config.dtype)))
+    return 0
+
+
+def convert(tree: dict[str, Any]) -> int:
+    """Make a run directory to start another model from."""
+    config = build(ConvertConfig, tree)
+    from cluster.launch import FAILED
+    from trainer.checkpoint import CheckpointWriteError
+    from trainer.convert import convert_run
+
+    try:
+        print(convert_run(config))
+    except CheckpointWriteError as error:
+        logger.error("%s", error)
+        return FAILED
     return 0
 
 

@@ -360,6 +360,19 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class ConvertConfig:
+    run: str
+    """Run directory, or one of its checkpoints."""
+    model: ModelConfig
+    """What to make of it: the run's own model, but for FFNs that become mixtures of experts."""
+    out: str
+    """Run directory to write; absent or empty."""
+    router_std: PositiveFloat
+    """Standard deviation of the weights of new routers. Small: a token's experts start with even
+    weights, as the factor of the experts presumes (eq. 18 of arXiv:2509.05276)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class BenchConfig:
     suite: Literal["train_step", "ops", "sequence", "compile", "tune"]
     out: str | None

@@ -17,10 +17,11 @@ from models.moe import MoE
 from models.spiking import spike_encoders
 from ops.cross_entropy import linear_cross_entropy
 from parallel.pipeline import ModelPart
-from parallel.recompute import run_recomputed
+from parallel.recompute import Recompute, run_recomputed
 from parallel.sequence import SequenceContext
 
 WHOLE = ModelPart()
+KEEP_ALL = Recompute()
 
 
 class Embedding(nn.Module):
@@ -122,6 +123,7 @@ class Layer(nn.Module):
         spike: SpikeConfig,
         ops: OpsConfig,
         part: ModelPart,
+        recompute: Recompute,
     ) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.norm_eps
@@ -131,18 +133,20 @@ class Layer(nn.Module):
         self.ffn_norm = RMSNorm(size, eps, ops.rms_norm)
         ffn = config.ffns[layer.ffn]
         self.ffn: FFN = (
-            MoE(ffn, size, spike, ops, part) if ffn.moe else SwiGLU(ffn, size, spike, ops)
+            MoE(ffn, size, spike, ops, part, recompute.inside_moe)
+            if ffn.moe
+            else SwiGLU(ffn, size, spike, ops)
         )
+        self.recomputes_ffn = recompute.has_ffn(is_moe=ffn.moe is not None)
 
     def forward(
         self,
         x: torch.Tensor,
         context: SequenceContext,
         cache: dict[str, MixerCache] | None = None,
-        recompute: str = "none",
     ) -> torch.Tensor:
         mixed = self.mixer(self.mixer_norm(x), context, cache)
-        if recompute == "selective":
+        if self.recomputes_ffn:
             x = x + mixed
             return x + run_recomputed(lambda h: self.ffn(self.ffn_norm(h), context), x)
         normed, x = self.ffn_norm.add(mixed, x)
@@ -162,7 +166,7 @@ class CausalLM(nn.Module):
         spike: spiking of the inputs of every projection but the head.
         ops: pins of operator implementations.
         dtype: compute dtype; parameters are float32.
-        recompute: none, selective (FFNs) or full (layers) in the backward pass.
+        recompute: what runs again in the backward pass.
         part: what of the model this is; names of parameters do not depend on it.
     """
 
@@ -173,7 +177,7 @@ class CausalLM(nn.Module):
         ops: OpsConfig,
         *,
         dtype: torch.dtype = torch.float32,
-        recompute: str = "none",
+        recompute: Recompute = KEEP_ALL,
         part: ModelPart = WHOLE,
     ) -> None:
         super().__init__()
@@ -183,11 +187,11 @@ class CausalLM(nn.Module):
         layers = layer_list(config)
         if part.has_embedding or is_tied and part.has_head:
             self.embed = Embedding(config.vocab_size, size, dtype)
-        if part.has_embedding and config.num_sinks:
-            self.sinks = SinkTokens(config.num_sinks, size)
+        has_sinks = part.has_embedding and config.num_sinks
+        self.sinks = SinkTokens(config.num_sinks, size) if has_sinks else None
         self.layers = nn.ModuleDict(
             {
-                str(i): Layer(layers[i], config, spike, ops, part)
+                str(i): Layer(layers[i], config, spike, ops, part, recompute)
                 for i in part.layers or range(len(layers))
             }
         )
@@ -196,8 +200,9 @@ class CausalLM(nn.Module):
             self.head = Head(size, config.vocab_size, ops.cross_entropy)
             if is_tied:
                 self.head.weight = self.embed.weight
-        for encoder in spike_encoders(self).values():
-            encoder.num_sinks = config.num_sinks
+        for name, encoder in spike_encoders(self).items():
+            # Routed experts have rows by expert: those of sinks are not the first ones.
+            encoder.num_sinks = 0 if ".experts." in name else config.num_sinks
 
     @property
     def tied(self) -> nn.Parameter | None:
@@ -226,11 +231,11 @@ class CausalLM(nn.Module):
         x, context = self._begin(tokens, context)
         for name, layer in self.named_layers():
             here = context.at(layer=name)
-            if self.recompute == "full":
+            if self.recompute.layers == "full":
                 here = here.remembering()
                 x = run_recomputed(layer, x, here, memory=here.memory)
             else:
-                x = layer(x, here, None, self.recompute)
+                x = layer(x, here)
         if not self.part.has_head:
             return x
         loss_sum, num_valid = self.head(self.norm(x[:, self.config.num_sinks :]), labels)
@@ -244,7 +249,7 @@ class CausalLM(nn.Module):
         if not self.config.num_sinks:
             return x, context
         context = dataclasses.replace(context, num_sinks=self.config.num_sinks)
-        return self.sinks(x) if self.part.has_embedding else x, context
+        return x if self.sinks is None else self.sinks(x), context
 
     def new_cache(self) -> list[dict[str, MixerCache]]:
         """Return an empty decoding cache: per layer, one entry per mixer."""
@@ -287,10 +292,10 @@ class CausalLM(nn.Module):
         for name, module in self.named_children():
             is_tied = isinstance(module, Head) and self.config.tie_embeddings
             if isinstance(module, Embedding | SinkTokens | Head) and not is_tied:
-                with _seeded(seed, name):
+                with seeded(seed, name):
                     nn.init.normal_(module.weight, std=std)
         for name, layer in self.named_layers():
-            with _seeded(seed, name):
+            with seeded(seed, name):
                 for _, mixer in layer.mixer.named_branches():
                     mixer.reset(std, out_std)
                 layer.ffn.reset(std, out_std)
@@ -300,7 +305,7 @@ class CausalLM(nn.Module):
 
 
 @contextmanager
-def _seeded(seed: int, name: str) -> Iterator[None]:
+def seeded(seed: int, name: str) -> Iterator[None]:
     """Draw inside from a stream of random numbers of this name's own."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     with torch.random.fork_rng(devices=[]):

@@ -4,6 +4,7 @@ Parameters are float32; a module computes in the dtype of its input, statistics 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from conf.schema import FFNConfig, OpsConfig, SpikeConfig
 from models.spiking import Activation, SpikeEncoder, Spikes
 from ops.rms_norm import rms_norm
 from ops.swiglu import swiglu
+from parallel.recompute import rebuilt
 from parallel.sequence import SequenceContext
 
 
@@ -74,9 +76,20 @@ class FFN(nn.Module, ABC):
     def active_weights(self) -> int:
         """Return the weights that multiply each token."""
 
+    def computed_weights(self) -> tuple[float, float]:
+        """Return the weights that multiply each token, padding included, and those that do so again
+        in the backward pass.
+        """
+        return self.active_weights(), 0.0
+
 
 class SwiGLU(FFN):
-    """down(silu(gate x) * up x) (arXiv:2002.05202)."""
+    """down(silu(gate x) * up x) (arXiv:2002.05202).
+
+    `recomputes_product`: what `down` multiplies is computed again in the backward pass.
+    """
+
+    recomputes_product = False
 
     def __init__(
         self, config: FFNConfig, hidden_size: int, spike: SpikeConfig, ops: OpsConfig
@@ -91,8 +104,12 @@ class SwiGLU(FFN):
 
     def forward(self, x: torch.Tensor, context: SequenceContext | None = None) -> torch.Tensor:
         encoded = self.encode_in(x)
-        inner = swiglu(self.gate_proj(encoded), self.up_proj(encoded), impl=self.impl)
-        return self.down_proj(self.encode_out(inner))
+        gate, up = self.gate_proj(encoded), self.up_proj(encoded)
+        return project_product(
+            lambda: self.encode_out(swiglu(gate, up, impl=self.impl)),
+            self.down_proj,
+            recompute=self.recomputes_product,
+        )
 
     def reset(self, std: float, out_std: float) -> None:
         self.gate_proj.reset(std)
@@ -101,6 +118,24 @@ class SwiGLU(FFN):
 
     def active_weights(self) -> int:
         return projection_weights(self)
+
+
+def project_product(
+    product: Callable[[], Activation],
+    down: Callable[[Activation], torch.Tensor],
+    *,
+    recompute: bool,
+) -> torch.Tensor:
+    """Return down(product()); with `recompute` the product is not kept, but computed again."""
+
+    def values(inner: Activation) -> torch.Tensor:
+        return inner.count if isinstance(inner, Spikes) else inner
+
+    inner = product()
+    if not recompute:
+        return down(inner)
+    with rebuilt(values(inner), lambda: values(product())):
+        return down(inner)
 
 
 def projection_weights(module: nn.Module) -> int:

@@ -2,6 +2,9 @@
 arXiv:2509.05276).
 """
 
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +13,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from conf.schema import FFNConfig, MoEConfig, OpsConfig, SpikeConfig
-from models.layers import FFN, Projection, SwiGLU
+from models.layers import FFN, SwiGLU, project_product
 from models.spiking import SpikeEncoder, Spikes
 from ops.moe import grouped_matmul, route
 from ops.swiglu import swiglu
 from parallel.comm import Comm
 from parallel.expert import Dispatch, mark_expert
+from parallel.expert_alignment import AlignedDispatch
+from parallel.hot_experts import HotExperts
 from parallel.pipeline import ModelPart
-from parallel.recompute import is_backward
+from parallel.recompute import Recompute, is_backward, run_recomputed
 from parallel.sequence import SequenceContext
 
 
@@ -32,6 +37,8 @@ class Routing:
         z: float64 [], of logsumexp(logits)^2.
         tokens: float64 [], how many there were.
         dropped: float64 [], choices that found their expert full.
+        recomputed: float64 [], rows that experts will compute again because they were many; those
+            of sinks are among them.
     """
 
     load: torch.Tensor
@@ -40,6 +47,7 @@ class Routing:
     z: torch.Tensor
     tokens: torch.Tensor
     dropped: torch.Tensor
+    recomputed: torch.Tensor
 
     def flatten(self) -> torch.Tensor:
         """Return all in one vector."""
@@ -48,12 +56,12 @@ class Routing:
     @classmethod
     def unflatten(cls, flat: torch.Tensor) -> "Routing":
         """Return what `flatten` made."""
-        num_experts = (len(flat) - 4) // 2
-        return cls(flat[:num_experts], flat[num_experts : 2 * num_experts], *flat[-4:])
+        num_experts = (len(flat) - 5) // 2
+        return cls(flat[:num_experts], flat[num_experts : 2 * num_experts], *flat[-5:])
 
     @classmethod
     def empty(cls, num_experts: int, device: torch.device | None = None) -> "Routing":
-        return cls.unflatten(torch.zeros(2 * num_experts + 4, dtype=torch.float64, device=device))
+        return cls.unflatten(torch.zeros(2 * num_experts + 5, dtype=torch.float64, device=device))
 
 
 class Router(nn.Module):
@@ -79,6 +87,7 @@ class Router(nn.Module):
         self.register_buffer("load", torch.full((size,), 1 / size))
         self.register_buffer("bias", torch.zeros(size))
         self.routing: Routing | None = None
+        self.demand: torch.Tensor | None = None
 
     def forward(
         self, x: torch.Tensor, *, num_sinks: int = 0, loss_scale: float = 0.0
@@ -100,6 +109,9 @@ class Router(nn.Module):
             bias=self.bias if config.bias_rate else None,
             impl=self.impl,
         )
+        if not is_backward():
+            rows = experts.flatten().bincount(minlength=config.num_experts)
+            self.demand = rows if self.demand is None else self.demand + rows
         if not self.training:
             return weights, experts
         tokens = logits[num_sinks:]
@@ -118,6 +130,18 @@ class Router(nn.Module):
         routing = self.routing or Routing.empty(self.config.num_experts, self.load.device)
         self.routing = None
         return routing
+
+    def take_demand(self) -> torch.Tensor:
+        """Return int64 [num_experts], rows for each expert since the last call, sinks included."""
+        demand, self.demand = self.demand, None
+        size, device = self.config.num_experts, self.load.device
+        return torch.zeros(size, dtype=torch.int64, device=device) if demand is None else demand
+
+    def note(self, dropped: torch.Tensor | int, recomputed: torch.Tensor | int) -> None:
+        """Take what became of the choices of a micro batch, for `routing`."""
+        assert self.routing is not None, "a forward pass in training mode came before"
+        self.routing.dropped += dropped
+        self.routing.recomputed += recomputed
 
     def balance(self, load: torch.Tensor) -> None:
         """Take the tokens that chose each expert in a step, over all ranks."""
@@ -150,10 +174,16 @@ class Experts(nn.Module):
     """SwiGLUs side by side, of which each row goes through one."""
 
     def __init__(
-        self, num_experts: int, config: FFNConfig, size: int, spike: SpikeConfig, ops: OpsConfig
+        self,
+        num_experts: int,
+        config: FFNConfig,
+        size: int,
+        spike: SpikeConfig,
+        ops: OpsConfig,
+        recompute: Recompute,
     ) -> None:
         super().__init__()
-        inner, self.ops = config.intermediate_size, ops
+        inner, self.ops, self.recompute = config.intermediate_size, ops, recompute
         self.encode_in = SpikeEncoder(spike, ops.spike)
         self.encode_out = SpikeEncoder(spike, ops.spike)
         self.gate_proj = nn.Parameter(torch.empty(num_experts, inner, size))
@@ -162,13 +192,64 @@ class Experts(nn.Module):
         for parameter in self.parameters():
             mark_expert(parameter)
 
-    def forward(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Return [M, E] of rows [M, E] sorted by expert, `counts` [num_experts] of each."""
+    @property
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        """Those of gate, up and down, of all experts here."""
+        return self.gate_proj, self.up_proj, self.down_proj
+
+    def forward(
+        self,
+        rows: torch.Tensor,
+        counts: torch.Tensor,
+        weights: tuple[torch.Tensor, ...] | None = None,
+    ) -> torch.Tensor:
+        """Return [M, E] of rows [M, E] sorted by expert, `counts` [num_experts] of each.
+
+        Args:
+            weights: in place of its own, of as many experts as there are counts.
+        """
+        weights = weights or self.weights
+        above = self.recompute.above if self.training else None
+        sizes = [] if above is None else counts.tolist()
+        if above is None or max(sizes) <= above:
+            return self._compute(rows, counts, *weights)
+        # Neighbors together, so that one node puts the gradients of all their weights together.
+        runs = [(many, list(run)) for many, run in itertools.groupby(sizes, lambda n: n > above)]
+        lengths = [len(run) for _, run in runs]
+        parts = zip(
+            rows.split([sum(run) for _, run in runs]),
+            *(each.split(lengths) for each in (counts, *weights)),
+            strict=True,
+        )
+        return torch.cat(
+            [
+                run_recomputed(self._compute, *part, many, when=many)
+                for (many, _), part in zip(runs, parts, strict=True)
+            ]
+        )
+
+    def count_recomputed(self, counts: torch.Tensor) -> torch.Tensor | int:
+        """Return how many rows run again because their expert has many."""
+        above = self.recompute.above
+        return 0 if above is None else counts[counts > above].sum()
+
+    def _compute(
+        self,
+        rows: torch.Tensor,
+        counts: torch.Tensor,
+        gate_proj: torch.Tensor,
+        up_proj: torch.Tensor,
+        down_proj: torch.Tensor,
+        runs_again: bool = False,
+    ) -> torch.Tensor:
         encoded = self.encode_in(rows)
-        gate = self._multiply(encoded, self.gate_proj, counts)
-        up = self._multiply(encoded, self.up_proj, counts)
-        inner = self.encode_out(swiglu(gate, up, impl=self.ops.swiglu))
-        return self._multiply(inner, self.down_proj, counts)
+        gate = self._multiply(encoded, gate_proj, counts)
+        up = self._multiply(encoded, up_proj, counts)
+        return project_product(
+            lambda: self.encode_out(swiglu(gate, up, impl=self.ops.swiglu)),
+            lambda inner: self._multiply(inner, down_proj, counts),
+            recompute=self.recompute.moe == "activation" and not runs_again,
+        )
 
     def _multiply(
         self, x: torch.Tensor | Spikes, weight: torch.Tensor, counts: torch.Tensor
@@ -191,30 +272,71 @@ class MoE(FFN):
         spike: SpikeConfig,
         ops: OpsConfig,
         part: ModelPart,
+        recompute: Recompute,
     ) -> None:
         super().__init__()
         assert config.moe is not None, "a dense FFN is a SwiGLU"
-        self.config, self.impl = config.moe, ops.moe
+        self.config, self.impl, self.recompute = config.moe, ops.moe, recompute
         self.first_expert = config.moe.num_experts // part.ep_size * part.ep_rank
         local = config.moe.num_experts // part.ep_size
         self.router = Router(config.moe, hidden_size, spike, ops)
-        self.experts = Experts(local, config, hidden_size, spike, ops)
+        self.experts = Experts(local, config, hidden_size, spike, ops, recompute)
         shared = config.moe.num_shared_experts
         wide = FFNConfig(intermediate_size=max(1, shared) * config.intermediate_size)
         self.shared = SwiGLU(wide, hidden_size, spike, ops) if shared else None
+        if self.shared is not None:
+            self.shared.recomputes_product = recompute.moe == "activation"
 
     def forward(self, x: torch.Tensor, context: SequenceContext | None = None) -> torch.Tensor:
         comm = Comm() if context is None else context.comm.at(kind=self.kind)
         num_sinks = 0 if context is None else context.num_sinks
         loss_scale = 0.0 if context is None else context.aux_loss_scale
+        level = self.recompute.moe
+        hot = HotExperts() if context is None else context.hot_experts
         rows = x.flatten(0, -2)
-        weights, experts = self.router(rows, num_sinks=num_sinks, loss_scale=loss_scale)
-        dispatch = Dispatch(rows, experts, self.config.num_experts, comm, impl=self.impl)
+        lent = hot.lend(comm.layer)
+        weights, experts = run_recomputed(
+            lambda h: self.router(h, num_sinks=num_sinks, loss_scale=loss_scale),
+            rows,
+            when=level != "none",
+        )
+        dispatch = self._dispatch(rows, experts, comm, context, lent.copied)
+        hot.count(comm.layer, dispatch.sent)
+        if self.training and not is_backward():
+            recomputed = self.experts.count_recomputed(dispatch.counts)
+            self.router.note(dispatch.count_dropped(num_sinks), recomputed)
+        again = level == "experts"
         # While the rows travel.
-        shared = None if self.shared is None else self.shared(rows)
-        out = self.experts(dispatch.wait(), dispatch.counts)
-        out = dispatch.combine(out, weights)
+        shared = None if self.shared is None else run_recomputed(self.shared, rows, when=again)
+        kept = None
+        if lent.copied:
+            inputs = dispatch.kept, dispatch.kept_counts, lent.copies()
+            kept = run_recomputed(self.experts, *inputs, when=again)
+        out = run_recomputed(self.experts, dispatch.wait(), dispatch.counts, lent.own, when=again)
+        out = dispatch.combine(out, weights, kept)
         return (out if shared is None else out + shared).view_as(x)
+
+    def _dispatch(
+        self,
+        rows: torch.Tensor,
+        experts: torch.Tensor,
+        comm: Comm,
+        context: SequenceContext | None,
+        copied: Sequence[int],
+    ) -> Dispatch:
+        config = self.config
+        if config.capacity is None or not self.training:
+            # Who evaluates or decodes wants every token computed, and as if it were alone.
+            return Dispatch(rows, experts, config.num_experts, comm, copied=copied, impl=self.impl)
+        # Ranks that share a sequence can differ by a token, experts must not.
+        tokens = len(rows)
+        if context is not None:
+            layout = context.layout
+            tokens = context.num_sinks + max(layout.count(r) for r in range(layout.sp_size))
+        capacity = math.ceil(config.capacity * tokens * config.top_k / config.num_experts)
+        return AlignedDispatch(
+            rows, experts, config.num_experts, comm, capacity=capacity, impl=self.impl
+        )
 
     def reset(self, std: float, out_std: float) -> None:
         self.router.reset(std)
@@ -229,10 +351,20 @@ class MoE(FFN):
             nn.init.normal_(self.experts.down_proj[i], std=out_std)
 
     def active_weights(self) -> int:
-        config, experts = self.config, self.experts
-        one = sum(p[0].numel() for p in experts.parameters())
+        routed = self.config.top_k * self.expert_weights()
         shared = 0 if self.shared is None else self.shared.active_weights()
-        return config.top_k * one + shared + self.router.weight.numel()
+        return routed + shared + self.router.weight.numel()
+
+    def computed_weights(self) -> tuple[float, float]:
+        config, router = self.config, self.router.weight.numel()
+        padding = config.top_k * ((config.capacity or 1) - 1) * self.expert_weights()
+        computed = self.active_weights() + padding
+        again = {"none": 0, "activation": router, "experts": computed, "layer": 0}
+        return computed, again[self.recompute.moe]
+
+    def expert_weights(self) -> int:
+        """Return the weights of one routed expert."""
+        return sum(weight[0].numel() for weight in self.experts.weights)
 
 
 class _AddLoss(torch.autograd.Function):

@@ -1,8 +1,10 @@
-"""Bytes that ranks send, by formula, to share a sequence or the optimizer: no tensor, no group.
+"""Bytes that ranks send, by formula, to share a sequence, experts, layers or the optimizer: no
+tensor, no group.
 
 Each is a published volume (ZeRO arXiv:1910.02054, Ulysses arXiv:2309.14509, ring arXiv:2310.01889,
-LASP-2 arXiv:2502.07563, ZeCO arXiv:2507.01004, halo: the w - 1 tokens before a segment), summed
-over a layout instead of over even shares. It shares nothing with the code that sends.
+LASP-2 arXiv:2502.07563, ZeCO arXiv:2507.01004, halo: the w - 1 tokens before a segment; experts
+arXiv:2006.16668), summed over a layout, or over what routers chose, instead of over even shares. It
+shares nothing with the code that sends.
 """
 
 import itertools
@@ -155,14 +157,67 @@ def pad_heads(num_heads: int, num_kv_heads: int, num_ranks: int) -> tuple[int, i
     return min(choices)[1:]
 
 
+def expert_traffic(
+    demand: Sequence[Sequence[int]],
+    rank: int,
+    *,
+    row_bytes: int,
+    passes: int,
+    recompute: bool = False,
+    copied: Sequence[Sequence[bool]] | None = None,
+    expert_bytes: tuple[int, int] = (0, 0),
+) -> Traffic:
+    """Return what one rank sends for one MoE layer: dispatch to the experts, combine back.
+
+    Args:
+        demand: rows of each rank for each expert, in the passes together; the ranks share out the
+            experts in order.
+        rank: which of them.
+        row_bytes: of one row.
+        passes: forward passes before which the ranks tell each other how many rows come.
+        recompute: the backward pass runs the forward pass again.
+        copied: the experts that each rank has a copy of, whose rows stay with it.
+        expert_bytes: of the weights of a copy, sent once, and of their gradient, returned once.
+    """
+    num_ranks = len(demand)
+    if num_ranks == 1:
+        return Traffic()
+    local = len(demand[0]) // num_ranks
+    sent = received = lent = borrowed = 0
+    for source, rows in enumerate(demand):
+        for expert, count in enumerate(rows):
+            owner = expert // local
+            is_copied = copied is not None and copied[source][expert]
+            travels = 0 if is_copied or owner == source else count
+            sent += travels * (source == rank)
+            received += travels * (owner == rank)
+            borrowed += is_copied * (source == rank)
+            lent += is_copied * (owner == rank)
+    rows = {("ep", "dispatch"): sent * row_bytes, ("ep", "combine"): received * row_bytes}
+    again = {("ep", "counts"): passes * (num_ranks - 1) * local * 8, **rows}
+    weight_bytes, gradient_bytes = expert_bytes
+    # Backward each way's gradients go the other way, so that either carries as much as before.
+    backward = _add(rows, again) if recompute else rows
+    return Traffic(
+        {**again, ("ep", "expert_copy"): lent * weight_bytes},
+        {**backward, ("ep", "expert_copy"): borrowed * gradient_bytes},
+    )
+
+
 def zero_traffic(
-    groups: Sequence[Sequence[int]], *, num_ranks: int, zero_stage: int, micro_batches: int
+    groups: Sequence[Sequence[int]],
+    *,
+    num_ranks: int,
+    zero_stage: int,
+    micro_batches: int,
+    axis: str = "dp",
 ) -> Traffic:
     """Return what one rank sends in one optimizer step under ZeRO, in float32.
 
     Args:
         groups: elements of each parameter, by parameter group.
         num_ranks: over which gradients are summed.
+        axis: their name in the ledger.
         micro_batches: of each rank in the step.
 
     Returns:
@@ -175,13 +230,13 @@ def zero_traffic(
     if zero_stage == 3:
         part = sum(-(-size // num_ranks) for size in sizes)
         gradients = micro_batches * (num_ranks - 1) * part * 4
-        return Traffic({}, {("dp", "reduce_scatter_tensor"): gradients})
+        return Traffic({}, {(axis, "reduce_scatter_tensor"): gradients})
     # ZeRO 2 sums after every micro batch; so that each rank keeps its part alone.
     sums = micro_batches if zero_stage == 2 else 1
     gradients = 2 * (num_ranks - 1) * 4 * sum(sizes) * sums // num_ranks
     parts = [-(-sum(group) // (2 * num_ranks)) * 2 for group in groups] if zero_stage else []
-    parameters = {("dp", "all_gather_into_tensor"): (num_ranks - 1) * 4 * sum(parts)}
-    return Traffic(parameters if parts else {}, {("dp", "all_reduce"): gradients})
+    parameters = {(axis, "all_gather_into_tensor"): (num_ranks - 1) * 4 * sum(parts)}
+    return Traffic(parameters if parts else {}, {(axis, "all_reduce"): gradients})
 
 
 @lru_cache(maxsize=16)

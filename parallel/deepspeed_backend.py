@@ -28,22 +28,24 @@ _COLLECTIVES = {
 }
 """Names of their arguments, in order."""
 _LARGEST_SCALARS = 8
-"""Bytes of what is no gradient and no parameter, but a norm or a flag."""
+"""Bytes of what is no gradient and no parameter, but a norm or a flag; so are integers, as shapes."""
 
 
 class Backend:
     """Stands in for DeepSpeed's backend object: what it does not have is that one's.
 
     Attributes:
-        purpose: name of the axis in the ledger, where it is not that of the ranks.
+        purpose: name of the axis in the ledger, where it is not that of the ranks: "start", until
+            an engine stands, so that no step counts what came before the first, or "checkpoint".
     """
 
     def __init__(self, mesh: Mesh, ledger: Ledger) -> None:
         given = deepspeed.comm.comm.cdb
         self._backend = given._backend if isinstance(given, Backend) else given
         self._mesh, self._ledger = mesh, ledger
-        self.purpose: str | None = None
-        axes = (mesh.pp, mesh.edp, mesh.stage, mesh.world)
+        self.purpose: str | None = "start"
+        # Where two axes have the same ranks, the later one names them.
+        axes = (mesh.world, mesh.edp, mesh.stage, mesh.pp, mesh.ends)
         self._names = {axis.ranks: axis.name for axis in axes}
         for name in _COLLECTIVES:
             setattr(self, name, self._recorded(name))
@@ -71,7 +73,7 @@ class Backend:
     def _record(self, name: str, given: dict[str, Any], seconds: float) -> None:
         tensor = given["input_tensor" if "input_tensor" in given else "tensor"]
         num_bytes = tensor.numel() * tensor.element_size()
-        is_scalar = num_bytes <= _LARGEST_SCALARS
+        is_scalar = num_bytes <= _LARGEST_SCALARS or not tensor.is_floating_point()
         if name == "send":
             axis = "pp"
             kind = "activations" if given["dst"] > self._mesh.rank else "gradients"
@@ -80,7 +82,7 @@ class Backend:
             if len(ranks) == 1:
                 return
             num_bytes = _bytes_sent(name, num_bytes, len(ranks))
-            axis = self._names.get(ranks, "pp")
+            axis = self._names.get(ranks, "world")
             kind = "gradients" if "reduce" in name else "parameters"
         kind = "scalars" if is_scalar else kind
         if self.purpose is not None:

@@ -83,6 +83,7 @@ class Engine:
         if self.zero_stage in (1, 2):
             # float32 is not checked by default; a non-finite norm must leave the weights alone.
             self._engine.optimizer.check_grad_overflow = True
+        self.backend.purpose = None
 
     def _prepare(self, model: nn.Module) -> nn.Module:
         """Return the module that DeepSpeed runs."""

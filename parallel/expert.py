@@ -5,6 +5,7 @@ expert (dispatch), are computed where they arrive, and return the same way (comb
 is the other's reverse.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,11 +37,14 @@ class Dispatch:
         experts: int64 [N, k], the experts of each token.
         num_experts: of all ranks together; the size of the axis divides it.
         comm: collectives on behalf of the layer.
+        copied: experts that are computed here on a copy of their weights; their rows stay.
         impl: pin of the operators of `ops.moe`.
 
     Attributes:
-        sent: int64 [num_experts], rows that this rank has for each expert.
+        sent: int64 [num_experts], rows that this rank has for each expert, those that stay too.
         counts: int64 [num_experts / P], rows of each expert here, in what `wait` returns.
+        kept: rows for the copied experts [sum of kept_counts, E], sorted in the order of `copied`.
+        kept_counts: int64 [copied], how many each of them has.
     """
 
     def __init__(
@@ -50,22 +54,33 @@ class Dispatch:
         num_experts: int,
         comm: Comm,
         *,
+        copied: Sequence[int] = (),
         impl: str | None = None,
     ) -> None:
         self._comm, self._impl = comm, impl
         axis = comm.mesh.ep
-        rows, self._order, self.sent = permute(x, experts, num_experts, impl=impl)
-        self._journey: _Journey | None = None
-        self._rows = rows
+        slots = torch.arange(num_experts, device=x.device)
+        here = slots[list(copied)]
+        # Behind all experts, so that what stays is sorted behind what travels.
+        slots[here] = num_experts + torch.arange(len(copied), device=x.device)
+        rows, self._order, counts = permute(
+            x, slots[experts] if copied else experts, num_experts + len(copied), impl=impl
+        )
+        leaving, self.kept_counts = counts.split([num_experts, len(copied)])
+        self.sent = leaving.index_copy(0, here, self.kept_counts)
+        self._journey: Journey | None = None
+        self._rows, self.kept = rows, rows[:0]
         self.counts = self.sent
         if axis.size > 1:
-            table = self.sent.view(axis.size, -1)
+            table = leaving.view(axis.size, -1)
             ones = [1] * axis.size
             arrived = comm.start_all_to_all(table, ones, ones, axis, "counts").wait()
             self._sources = arrived.flatten()
             self.counts = arrived.sum(0)
             sends, receives = table.sum(1).tolist(), arrived.sum(1).tolist()
-            self._journey = _Journey(comm, sends, receives)
+            if copied:
+                rows, self.kept = rows.split([sum(sends), len(rows) - sum(sends)])
+            self._journey = Journey(comm, sends, receives)
             self._rows = self._journey.start(rows, "dispatch")
 
     def wait(self) -> torch.Tensor:
@@ -79,21 +94,30 @@ class Dispatch:
         rows, self._arrival, _ = permute(rows, ids, local, impl=self._impl)
         return rows
 
-    def combine(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def combine(
+        self, y: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return [N, E]: the rows y, computed from those of `wait`, summed with their weights.
 
         Args:
             weights: float32 [N, k], of each token's experts.
+            kept: rows computed from those of `kept`, where experts are copied.
         """
         if self._journey is not None:
             ones = weights.new_ones(len(y), 1)
             y = unpermute(y, self._arrival, ones, impl=self._impl)
             back = self._journey.reverse()
             y = back.finish(back.start(y, "combine"))
+        if kept is not None:
+            y = torch.cat([y, kept])
         return unpermute(y, self._order, weights, impl=self._impl)
 
+    def count_dropped(self, num_sinks: int) -> torch.Tensor | int:
+        """Return the choices that found no place, those of the first `num_sinks` tokens aside."""
+        return 0
 
-class _Journey:
+
+class Journey:
     """One way of rows between the ranks, as two steps of a graph whose gradients go back alike."""
 
     def __init__(self, comm: Comm, sends: list[int], receives: list[int]) -> None:
@@ -101,8 +125,8 @@ class _Journey:
         self.under_way: Arrival | None = None
         self.name = ""
 
-    def reverse(self) -> "_Journey":
-        return _Journey(self.comm, self.receives, self.sends)
+    def reverse(self) -> "Journey":
+        return Journey(self.comm, self.receives, self.sends)
 
     def start(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Send rows; what is returned holds nothing before `finish`."""
@@ -129,7 +153,7 @@ class _Start(torch.autograd.Function):
     """Forward the rows set out; backward their gradients have arrived."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, journey: _Journey) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, journey: Journey) -> torch.Tensor:
         ctx.journey = journey
         journey.send(x)
         # Stands for what is under way: it has its place in the graph and no content.
@@ -145,7 +169,7 @@ class _Finish(torch.autograd.Function):
     """Forward the rows have arrived; backward their gradients set out."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, journey: _Journey) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, journey: Journey) -> torch.Tensor:
         ctx.journey = journey
         return journey.receive()
 

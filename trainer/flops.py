@@ -2,14 +2,15 @@
 
 Definition (the README repeats it): projections, FFN, gate and head 2 x parameters per token, the
 embedding lookup nothing; causal softmax 4 H D per visible pair, pairs with sinks included; linear
-attention 2 D_k D_v (H_state + H) per token. Training is 3 x forward. Recomputation and what chunked
-kernels spend beyond the definition count as hardware FLOPs only. The rows of the sinks themselves,
-which each rank computes once per micro batch whatever its documents, count nowhere.
+attention 2 D_k D_v (H_state + H) per token. Training is 3 x forward. Recomputation, the padding of
+experts and what chunked kernels spend beyond the definition count as hardware FLOPs only. The rows
+of the sinks themselves, which each rank computes once per micro batch whatever its documents, count
+nowhere.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from models.causal_lm import CausalLM
 from models.layers import projection_weights
 from models.mixers import Mixer
+from models.moe import MoE, Routing
 
 
 @dataclass(frozen=True)
@@ -25,22 +27,43 @@ class _LayerCost:
     ffn_kind: str
     mixer_weights: int
     ffn_weights: int
+    ffn_hardware_weights: float
     mixers: tuple[Mixer, ...]
 
 
 class FlopCounter:
     """FLOPs of training steps of one model. Build it before ZeRO partitions the parameters."""
 
-    def __init__(self, model: CausalLM, recompute: str) -> None:
-        self.recompute = recompute
+    def __init__(self, model: CausalLM) -> None:
+        self.recomputes_layers = model.recompute.layers == "full"
         self.num_sinks = model.config.num_sinks
         self.head_weights = model.head.weight.numel()
         self.layers = []
         for _, layer in model.named_layers():
             mixers = tuple(mixer for _, mixer in layer.mixer.named_branches())
+            computed, again = layer.ffn.computed_weights()
+            if layer.recomputes_ffn or self.recomputes_layers:
+                again = computed
             weights = projection_weights(layer.mixer), layer.ffn.active_weights()
-            self.layers.append(_LayerCost(layer.mixer.kind, layer.ffn.kind, *weights, mixers))
+            cost = _LayerCost(
+                layer.mixer.kind, layer.ffn.kind, *weights, 3 * computed + again, mixers
+            )
+            self.layers.append(cost)
+        self.expert_weights = {
+            f"{name}.router": module.expert_weights()
+            for name, module in model.named_modules()
+            if isinstance(module, MoE)
+        }
         self.kinds = list(self.training([1]))
+
+    def recomputed(self, routings: Mapping[str, Routing]) -> float:
+        """Return the hardware FLOPs of what ran again since experts had many rows.
+
+        Args:
+            routings: what routers saw, by their names.
+        """
+        rows = {name: float(routing.recomputed) for name, routing in routings.items()}
+        return sum(2.0 * self.expert_weights[name] * count for name, count in rows.items())
 
     def layer_costs(self, seq_len: int) -> tuple[list[float], float]:
         """Return the forward FLOPs of each layer and of the head, over one sequence."""
@@ -59,8 +82,7 @@ class FlopCounter:
             hardware: count recomputation and what kernels spend beyond the model.
         """
         tokens = sum(doc_lengths)
-        mixer_passes = 4 if hardware and self.recompute == "full" else 3
-        ffn_passes = 4 if hardware and self.recompute in ("full", "selective") else 3
+        mixer_passes = 4 if hardware and self.recomputes_layers else 3
         flops: dict[str, float] = defaultdict(float)
         for layer in self.layers:
             mixing = sum(m.mixing_flops(doc_lengths, self.num_sinks) for m in layer.mixers)
@@ -68,7 +90,8 @@ class FlopCounter:
             for mixer in layer.mixers if hardware else ():
                 forward, backward = mixer.extra_flops(doc_lengths, self.num_sinks)
                 flops[layer.kind] += (mixer_passes - 2) * forward + backward
-            flops[layer.ffn_kind] += ffn_passes * 2 * layer.ffn_weights * tokens
+            ffn_weights = layer.ffn_hardware_weights if hardware else 3 * layer.ffn_weights
+            flops[layer.ffn_kind] += 2 * ffn_weights * tokens
         flops["head_and_loss"] += 3 * 2 * self.head_weights * tokens
         return dict(flops)
 
@@ -82,7 +105,7 @@ def parameters_by_kind(model: CausalLM) -> dict[str, int]:
         norms = layer.mixer_norm.weight.numel() + layer.ffn_norm.weight.numel()
         counts["embedding_and_norms"] += norms
     counts["embedding_and_norms"] += model.embed.weight.numel() + model.norm.weight.numel()
-    if model.config.num_sinks:
+    if model.sinks is not None:
         counts["embedding_and_norms"] += model.sinks.weight.numel()
     if model.head.weight is not model.embed.weight:
         counts["head_and_loss"] += model.head.weight.numel()

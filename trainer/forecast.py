@@ -1,13 +1,17 @@
 """Predicts what a run sends, by walking the layer list with the formulas of `parallel.cost`."""
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 
-from conf.schema import ParallelConfig
+from conf.schema import MoEConfig, ParallelConfig
 from models.causal_lm import CausalLM
+from models.moe import MoE
 from parallel.comm import Comm
-from parallel.cost import SequenceCost, Traffic, zero_traffic
+from parallel.cost import Key, SequenceCost, Traffic, expert_traffic, zero_traffic
+from parallel.expert import is_expert
 from parallel.layout import SequenceLayout
 
 
@@ -27,30 +31,43 @@ class Forecast:
         comm: Comm,
     ) -> None:
         self._parallel, self._itemsize = parallel, dtype.itemsize
-        self._ledger, self._num_ranks = comm.ledger, comm.mesh.stage.size
-        self._groups = [[p.numel() for p in group["params"]] for group in optimizer.param_groups]
-        self._mixers = [
-            mixer
-            for _, layer in model.named_layers()
-            for _, mixer in layer.mixer.named_branches()
-        ]
+        self._ledger, self._mesh = comm.ledger, comm.mesh
+        self._row_bytes = model.config.hidden_size * dtype.itemsize
+        self._num_sinks = model.config.num_sinks
+        self._tied = 0 if model.tied is None else model.tied.numel()
+        groups = [group["params"] for group in optimizer.param_groups]
+        shared_out = [[is_expert(p) and comm.mesh.ep.size > 1 for p in group] for group in groups]
+        self._groups: dict[bool, list[list[int]]] = {}
+        """Elements of each parameter by group, of experts that ranks share out and of all else."""
+        for is_shared in (False, True):
+            self._groups[is_shared] = [
+                [p.numel() for p, mark in zip(group, marks, strict=True) if mark == is_shared]
+                for group, marks in zip(groups, shared_out, strict=True)
+            ]
+        layers = [layer for _, layer in model.named_layers()]
+        self._mixers = [m for layer in layers for _, m in layer.mixer.named_branches()]
+        self._moe = [layer.ffn for layer in layers if isinstance(layer.ffn, MoE)]
         self._last: tuple[SequenceLayout, dict[str, Traffic]] | None = None
 
     def add_step(self, micro_batches: int, *, applied: bool) -> None:
-        """Predict the sum of the gradients and, if the step was applied, the new parameters."""
-        traffic = zero_traffic(
-            self._groups,
-            num_ranks=self._num_ranks,
-            zero_stage=self._parallel.zero_stage,
-            micro_batches=micro_batches,
-        )
-        for (axis, collective), num_bytes in traffic.backward.items():
-            self._ledger.predict(axis, collective, "gradients", num_bytes)
-        for (axis, collective), num_bytes in traffic.forward.items() if applied else ():
-            self._ledger.predict(axis, collective, "parameters", num_bytes)
+        """Predict the sums of the gradients and, if the step was applied, the new parameters."""
+        for is_shared, axis in ((False, self._mesh.stage), (True, self._mesh.edp)):
+            traffic = zero_traffic(
+                self._groups[is_shared],
+                num_ranks=axis.size,
+                zero_stage=self._parallel.zero_stage,
+                micro_batches=micro_batches,
+                axis=axis.name,
+            )
+            self._enter(traffic.backward, "gradients")
+            if applied:
+                self._enter(traffic.forward, "parameters")
+        if self._tied:
+            # Two stages sum the gradients of the embedding that each of them has.
+            self._ledger.predict("pp", "all_reduce", "gradients", 4 * self._tied)
 
     def add_pass(self, direction: Literal["forward", "backward"], layout: SequenceLayout) -> None:
-        """Predict one pass over the tokens of a layout."""
+        """Predict one pass over the tokens of a layout, but for what depends on the routers."""
         if self._last is None or self._last[0] != layout:
             # The backward pass follows the forward pass of the same micro batch.
             self._last = (layout, self._by_kind(layout))
@@ -59,6 +76,72 @@ class Forecast:
                 self._ledger.predict(axis, collective, kind, num_bytes)
                 if self._parallel.sync == "barrier":
                     self._ledger.predict(axis, "barrier", kind, 0)
+        is_forward, pp = direction == "forward", self._mesh.pp
+        if pp.index != (pp.size - 1 if is_forward else 0):
+            rows = self._num_sinks + layout.num_tokens
+            kind = "activations" if is_forward else "gradients"
+            self._ledger.predict("pp", "send", kind, rows * self._row_bytes)
+
+    def add_routing(
+        self,
+        demand: torch.Tensor | None,
+        layouts: Sequence[SequenceLayout],
+        *,
+        copied: torch.Tensor | None = None,
+    ) -> None:
+        """Predict what the MoE layers send in a step, or in an evaluation, which copies nothing.
+
+        Args:
+            demand: int64 [P, MoE layers, num_experts], rows of each rank for each expert; None
+                where one rank has all experts.
+            layouts: of the micro batches.
+            copied: bool, as `demand`, the copies of experts in a step; None: an evaluation.
+        """
+        if demand is None:
+            return
+        for i, ffn in enumerate(self._moe):
+            traffic = self._moe_traffic(
+                ffn, demand[:, i], layouts, None if copied is None else copied[:, i]
+            )
+            self._enter(traffic.forward, ffn.kind)
+            if copied is not None:
+                self._enter(traffic.backward, ffn.kind)
+        num_bytes = (self._mesh.ep.size - 1) * demand[0].numel() * demand.itemsize
+        self._ledger.predict("ep", "all_gather", "demand", num_bytes)
+
+    def _moe_traffic(
+        self,
+        ffn: MoE,
+        demand: torch.Tensor,
+        layouts: Sequence[SequenceLayout],
+        copied: torch.Tensor | None,
+    ) -> Traffic:
+        parallel, config = self._parallel, ffn.config
+        demand, passes = demand[:, : config.num_experts], len(layouts)
+        if config.capacity is not None and copied is not None:
+            # Every rank sends as many rows for every expert, which none needs to be told.
+            demand, passes = torch.full_like(demand, self._aligned_rows(config, layouts)), 0
+        size = ffn.expert_weights()
+        return expert_traffic(
+            demand.tolist(),
+            self._mesh.ep.index,
+            row_bytes=self._row_bytes,
+            passes=passes,
+            recompute=parallel.recompute != "none" or parallel.moe_recompute == "layer",
+            copied=None if copied is None else copied.tolist(),
+            expert_bytes=(size * self._itemsize, size * 4),
+        )
+
+    def _aligned_rows(self, config: MoEConfig, layouts: Sequence[SequenceLayout]) -> int:
+        """Return the rows of a rank for one expert, where length alignment makes them even."""
+        assert config.capacity is not None, "there is a length to align to"
+        share = config.capacity * config.top_k / config.num_experts
+        rows = [self._num_sinks + max(map(x.count, range(x.sp_size))) for x in layouts]
+        return sum(math.ceil(share * n) for n in rows)
+
+    def _enter(self, sizes: Mapping[Key, int], kind: str) -> None:
+        for (axis, collective), num_bytes in sizes.items():
+            self._ledger.predict(axis, collective, kind, num_bytes)
 
     def _by_kind(self, layout: SequenceLayout) -> dict[str, Traffic]:
         parallel = self._parallel

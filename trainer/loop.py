@@ -12,18 +12,21 @@ import torch
 
 from conf.schema import Config
 from models.causal_lm import CausalLM
-from models.moe import Routing
+from models.moe import MoE, Routing
 from parallel.comm import Comm
 from parallel.engine import Engine, MicroBatch
 from parallel.flight_recorder import FlightRecorder
+from parallel.hot_experts import HotExperts
 from parallel.layout import SequenceLayout, build_layout
 from parallel.ledger import Ledger
 from parallel.mesh import Mesh
 from parallel.pipeline_engine import PipelinedEngine
+from parallel.recompute import Recompute
 from parallel.sequence import SequenceContext
 from trainer.accelerator import Accelerator
 from trainer.checkpoint import CheckpointStore, CheckpointWriteError, load_state, resolve
 from trainer.data import Batch, TokenDataset, micro_batches, prepare, validation_batches
+from trainer.demand import ExpertDemand
 from trainer.flops import FlopCounter, measure_peak_flops, parameters_by_kind
 from trainer.forecast import Forecast
 from trainer.model_state import load_moments, load_weights, own_shard
@@ -85,15 +88,16 @@ class Trainer:
         self.train_data = TokenDataset(folder, "train", data.seq_len, config.run.seed)
         self.val_data = TokenDataset(folder, "val", data.seq_len, config.run.seed)
 
+        recompute = Recompute.of(config.parallel)
         with torch.device("meta"):
-            whole = CausalLM(config.model, config.spike, config.ops)
-        self.flops = FlopCounter(whole, config.parallel.recompute)
+            whole = CausalLM(config.model, config.spike, config.ops, recompute=recompute)
+        self.flops = FlopCounter(whole)
         model = CausalLM(
             config.model,
             config.spike,
             config.ops,
             dtype=self.dtype,
-            recompute=config.parallel.recompute,
+            recompute=recompute,
             part=choose_part(self.flops, config, mesh),
         ).to(mesh.device)
         checkpoint = self._find_checkpoint()
@@ -105,10 +109,24 @@ class Trainer:
         facts = RunFacts(parameters_by_kind(whole), peak * mesh.world_size, accelerator)
         self.spikes = SpikeStatistics(whole, model)
         self.routers = RouterStatistics(whole, model)
+        self.demand = ExpertDemand(model, self.comm)
         self.profiler.watch(model)
         optimizer = build_optimizer(model, config.optim)
         self.forecast = Forecast(
             model, optimizer, parallel=config.parallel, dtype=self.dtype, comm=self.comm
+        )
+        grad_accum_steps = data.global_batch_size // (data.micro_batch_size * mesh.dp_size)
+        self.hot_experts = HotExperts(
+            {
+                name: layer.ffn.experts.weights
+                for name, layer in model.named_layers()
+                if isinstance(layer.ffn, MoE)
+            },
+            hidden_size=config.model.hidden_size,
+            dtype=self.dtype,
+            max_copies=config.parallel.hot_experts,
+            micro_batches=grad_accum_steps,
+            comm=self.comm,
         )
         build_engine = Engine if mesh.pp.size == 1 else PipelinedEngine
         self.engine = build_engine(
@@ -117,7 +135,7 @@ class Trainer:
             parallel=config.parallel,
             optim=config.optim,
             comm=self.comm,
-            grad_accum_steps=data.global_batch_size // (data.micro_batch_size * mesh.dp_size),
+            grad_accum_steps=grad_accum_steps,
             micro_batch_size=data.micro_batch_size,
         )
         if checkpoint is not None and self.state.optimizer_steps:
@@ -169,6 +187,8 @@ class Trainer:
                 grad_norm, applied = self.engine.step(lr)
             with self.profiler.kind("communication"):
                 totals, spikes, routing = self._reduce(loss_sum, batches)
+                self._foresee_routing(batches, self.hot_experts.copied)
+                self.hot_experts.end_step()
             self.accelerator.synchronize()
         if applied:
             self.routers.balance(routing)
@@ -188,7 +208,7 @@ class Trainer:
             "peak_memory_bytes": self.accelerator.peak_memory_bytes(),
             **self.routers.metrics(routing),
             "flops_by_kind": {k: totals[k] for k in self.flops.kinds},
-            "hardware_flops": totals["hardware_flops"],
+            "hardware_flops": totals["hardware_flops"] + self.flops.recomputed(routing),
         }
         if not applied:
             kind = "gradient" if math.isfinite(loss) else "loss"
@@ -210,6 +230,7 @@ class Trainer:
         loss_sum, num_valid = self.engine.evaluate([self._shard(batch) for batch in batches])
         for batch in batches:
             self.forecast.add_pass("forward", self._layout(batch))
+        self._foresee_routing(batches)
         num_bytes = sum(b.num_bytes for b in self._counted(batches))
         sums = torch.stack([loss_sum, num_valid, loss_sum.new_tensor(num_bytes)])
         loss, tokens, num_bytes = self._sum(sums).tolist()
@@ -281,7 +302,7 @@ class Trainer:
             dp_size=self.mesh.dp_size,
         )
 
-    def _shard(self, batch: Batch) -> MicroBatch:
+    def _shard(self, batch: Batch, hot_experts: HotExperts | None = None) -> MicroBatch:
         """Return this rank's tokens of a batch, and who has the others."""
         device, data, layout = self.mesh.device, self.config.data, self._layout(batch)
         context = SequenceContext(
@@ -290,9 +311,15 @@ class Trainer:
             self.comm,
             self.config.parallel.linear,
             aux_loss_scale=self.mesh.stage.size / (data.global_batch_size * data.seq_len),
+            hot_experts=hot_experts or HotExperts(),
         )
         tokens, labels = layout.shard(batch.tokens), layout.shard(batch.labels)
         return MicroBatch(tokens.to(device), labels.to(device), context)
+
+    def _foresee_routing(self, batches: list[Batch], copied: torch.Tensor | None = None) -> None:
+        """Predict what experts cost a step, with these of them copied, or an evaluation."""
+        layouts = [self._layout(batch) for batch in batches]
+        self.forecast.add_routing(self.demand.take(), layouts, copied=copied)
 
     def _layout(self, batch: Batch) -> SequenceLayout:
         parallel = self.config.parallel
@@ -325,7 +352,8 @@ class Trainer:
         )
         # DeepSpeed averages over the ranks of the stage.
         scale = self.mesh.stage.size / num_tokens
-        loss_sum = self.engine.accumulate([self._shard(batch) for batch in batches], scale)
+        shards = [self._shard(batch, self.hot_experts) for batch in batches]
+        loss_sum = self.engine.accumulate(shards, scale)
         for batch in batches:
             self.forecast.add_pass("forward", self._layout(batch))
             self.forecast.add_pass("backward", self._layout(batch))

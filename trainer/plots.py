@@ -1,83 +1,25 @@
-"""Figures of the report as inline SVG: plain numbers in, one `<svg>` element out.
+"""Figures of the report as inline SVG: plain numbers in, one `<svg>` element out."""
 
-Text stays text and colors become CSS variables, so that the page sets the fonts and a dark scheme
-recolors the figures. Every figure carries its own id prefix and nothing random: equal numbers
-give equal text.
-"""
-
-import io
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
-LIGHT = {
-    "ink": "#1c2430",
-    "muted": "#66707e",
-    "line": "#dde2e9",
-    "blue": "#2a6fb8",
-    "pale": "#a9c8e6",
-    "orange": "#cf6f1b",
-    "green": "#2e8560",
-    "red": "#c23b3b",
-}
-"""Colors of the figures by CSS variable, on a light page."""
-
-DARK = {
-    "ink": "#e7ebf1",
-    "muted": "#9aa5b3",
-    "line": "#343d49",
-    "blue": "#6cabea",
-    "pale": "#3d6388",
-    "orange": "#eb9a52",
-    "green": "#5dba91",
-    "red": "#ee7d7d",
-}
-"""The same variables on a dark page."""
-
-STYLE = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.size": 8.5,
-    "text.color": LIGHT["ink"],
-    "axes.edgecolor": LIGHT["muted"],
-    "axes.labelcolor": LIGHT["muted"],
-    "axes.labelsize": 8,
-    "axes.titlesize": 8.5,
-    "axes.titlecolor": LIGHT["ink"],
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": LIGHT["line"],
-    "grid.linewidth": 0.6,
-    "xtick.color": LIGHT["muted"],
-    "ytick.color": LIGHT["muted"],
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "legend.handlelength": 1.6,
-    "legend.columnspacing": 1.4,
-    "lines.linewidth": 1.4,
-}
-
-FULL = 10.4
-"""Width in inches of a figure across the page."""
-HALF = 5.1
-"""Width in inches of a figure beside another one."""
-MAX_BUCKETS = 600
-"""Longer curves are drawn by the least and the greatest value of that many buckets."""
-
-Curve = tuple[Sequence[float], Sequence[float]]
-"""Steps and the values at them."""
+from trainer.figure import (
+    FULL,
+    HALF,
+    LIGHT,
+    Curve,
+    draw_line,
+    mark_steps,
+    percent_ticks,
+    put_legend_above,
+    render,
+    use_log_if_wide,
+)
 
 
 def loss_curve(train: Curve, val: Curve, skipped: Sequence[float]) -> str:
@@ -85,20 +27,20 @@ def loss_curve(train: Curve, val: Curve, skipped: Sequence[float]) -> str:
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        _line(axes, train, color=LIGHT["pale"], width=0.8, label="training")
+        draw_line(axes, train, color=LIGHT["pale"], width=0.8, label="training")
         if len(train[0]) >= 10:
             smooth = (train[0], _smoothed(train[1]))
-            _line(axes, smooth, color=LIGHT["blue"], label="training, smoothed")
+            draw_line(axes, smooth, color=LIGHT["blue"], label="training, smoothed")
         if len(val[0]):
             size = 4.5 if len(val[0]) <= 60 else 2
             axes.plot(*val, "o", markersize=size, color=LIGHT["orange"], label="validation")
         _mark_skipped(axes, skipped)
-        _step_axis(axes)
+        mark_steps(axes)
         axes.set_ylabel("loss (nats per token)")
         _cut_start(axes, train[1])
-        _legend_above(axes)
+        put_legend_above(axes)
 
-    return _render("loss", (FULL, 3.5), draw)
+    return render("loss", (FULL, 3.5), draw)
 
 
 def optimizer_curves(lr: Curve, grad_norm: Curve) -> str:
@@ -106,18 +48,18 @@ def optimizer_curves(lr: Curve, grad_norm: Curve) -> str:
 
     def draw(figure: Figure) -> None:
         upper, lower = figure.subplots(2, 1, sharex=True)
-        _line(upper, lr, color=LIGHT["green"])
+        draw_line(upper, lr, color=LIGHT["green"])
         upper.set_ylabel("learning rate")
         upper.set_ylim(bottom=0)
         upper.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         upper.yaxis.set_major_formatter(FuncFormatter(_exponential))
-        _line(lower, grad_norm, color=LIGHT["blue"], width=0.9)
+        draw_line(lower, grad_norm, color=LIGHT["blue"], width=0.9)
         lower.set_ylabel("gradient norm")
-        _log_if_wide(lower, grad_norm[1])
-        _step_axis(lower)
+        use_log_if_wide(lower, grad_norm[1])
+        mark_steps(lower)
         figure.align_ylabels()
 
-    return _render("optimizer", (HALF, 3.2), draw)
+    return render("optimizer", (HALF, 3.2), draw)
 
 
 def throughput_curve(tokens_per_second: Curve, warmup_until: float, median: float | None) -> str:
@@ -127,16 +69,16 @@ def throughput_curve(tokens_per_second: Curve, warmup_until: float, median: floa
         axes = figure.add_subplot()
         first = tokens_per_second[0][0]
         axes.axvspan(first, warmup_until, color=LIGHT["line"], label="warm-up, left out")
-        _line(axes, tokens_per_second, color=LIGHT["blue"], width=0.9)
+        draw_line(axes, tokens_per_second, color=LIGHT["blue"], width=0.9)
         if median is not None:
             axes.axhline(median, color=LIGHT["orange"], linestyle="--", label="median")
         axes.set_ylim(bottom=0)
         axes.set_ylabel("tokens per second")
         axes.yaxis.set_major_formatter(EngFormatter())
-        _step_axis(axes)
-        _legend_above(axes)
+        mark_steps(axes)
+        put_legend_above(axes)
 
-    return _render("throughput", (HALF, 3.2), draw)
+    return render("throughput", (HALF, 3.2), draw)
 
 
 def time_bars(kinds: Sequence[dict[str, Any]]) -> str:
@@ -162,11 +104,11 @@ def time_bars(kinds: Sequence[dict[str, Any]]) -> str:
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlim(0, 1.28 * max([0.1, *time, *flops]))
-        axes.xaxis.set_major_formatter(_percent_ticks())
+        axes.xaxis.set_major_formatter(percent_ticks())
         axes.set_xlabel("share of one step")
-        _legend_above(axes)
+        put_legend_above(axes)
 
-    return _render("time", (FULL, 1.1 + 0.42 * len(kinds)), draw)
+    return render("time", (FULL, 1.1 + 0.42 * len(kinds)), draw)
 
 
 def spikes_by_layer(entries: Sequence[dict[str, Any]], published: dict[str, Any]) -> str:
@@ -193,11 +135,11 @@ def spikes_by_layer(entries: Sequence[dict[str, Any]], published: dict[str, Any]
             axes.set_xlabel("layer")
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
             if key != "mean_spikes":
-                axes.yaxis.set_major_formatter(_percent_ticks())
+                axes.yaxis.set_major_formatter(percent_ticks())
             axes.margins(y=0.15)
-            _legend_above(axes, columns=2)
+            put_legend_above(axes, columns=2)
 
-    return _render("spikes", (FULL, 3.3), draw)
+    return render("spikes", (FULL, 3.3), draw)
 
 
 def count_histogram(shares: Sequence[float]) -> str:
@@ -216,12 +158,12 @@ def count_histogram(shares: Sequence[float]) -> str:
             axes.bar([0], [0], color=LIGHT[color], label=label)
         axes.set_xticks(range(len(shares)), [str(n) for n in range(last)] + [f"{last}+"])
         axes.grid(visible=False, axis="x")
-        axes.yaxis.set_major_formatter(_percent_ticks())
+        axes.yaxis.set_major_formatter(percent_ticks())
         axes.set_xlabel("absolute spike count")
         axes.set_ylabel("share of channels")
-        _legend_above(axes)
+        put_legend_above(axes)
 
-    return _render("counts", (HALF, 3.1), draw)
+    return render("counts", (HALF, 3.1), draw)
 
 
 def spike_trade_off(spikes: dict[str, Any]) -> str:
@@ -253,13 +195,13 @@ def spike_trade_off(spikes: dict[str, Any]) -> str:
         _beside(axes, f"{spikes['k']:g}", ours[0][1], ours[1][1])
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
-            axis.set_major_formatter(_percent_ticks())
+            axis.set_major_formatter(percent_ticks())
         axes.margins(0.1)
         axes.set_xlabel("sparsity at 3 time steps")
         axes.set_ylabel("counts up to 7")
-        _legend_above(axes, columns=2)
+        put_legend_above(axes, columns=2)
 
-    return _render("tradeoff", (HALF, 3.1), draw)
+    return render("tradeoff", (HALF, 3.1), draw)
 
 
 def _beside(axes: Axes, text: str, x: float, y: float) -> None:
@@ -287,13 +229,6 @@ def _smoothed(values: Sequence[float]) -> list[float]:
     return list(means)
 
 
-def _line(axes: Axes, curve: Curve, color: str, width: float = 1.4, label: str = "") -> None:
-    """Plot a curve, with dots where it has so few points that a line alone may not show them."""
-    steps, values = _thinned(curve)
-    marker = "." if len(steps) <= 20 else ""
-    axes.plot(steps, values, marker=marker, color=color, linewidth=width, label=label or None)
-
-
 def _cut_start(axes: Axes, losses: Sequence[float]) -> None:
     """Let the loss after the first fiftieth fill the axes of a long run, and say so."""
     late = losses[len(losses) // 50 :]
@@ -305,18 +240,6 @@ def _cut_start(axes: Axes, losses: Sequence[float]) -> None:
         )  # fmt: skip
 
 
-def _thinned(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    """Keep a long curve's extremes per bucket, so that no outlier is lost and the file is small."""
-    steps, values = np.asarray(curve[0], dtype=float), np.asarray(curve[1], dtype=float)
-    if len(steps) <= 2 * MAX_BUCKETS:
-        return steps, values
-    kept: set[int] = {0, len(steps) - 1}
-    for bucket in np.array_split(np.arange(len(steps)), MAX_BUCKETS):
-        kept |= {int(bucket[values[bucket].argmin()]), int(bucket[values[bucket].argmax()])}
-    order = sorted(kept)
-    return steps[order], values[order]
-
-
 def _mark_skipped(axes: Axes, skipped: Sequence[float]) -> None:
     if len(skipped):
         axes.plot(
@@ -325,58 +248,7 @@ def _mark_skipped(axes: Axes, skipped: Sequence[float]) -> None:
         )  # fmt: skip
 
 
-def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
-    """Use a logarithmic axis where the largest positive value is 20 times the median."""
-    positive = [value for value in values if value > 0]
-    if len(positive) == len(values) > 0 and max(positive) > 20 * float(np.median(positive)):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-    else:
-        axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-
-
 def _exponential(value: float, _: int) -> str:
     """Write 0.0003 as 3e-4."""
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
-
-
-def _percent_ticks() -> PercentFormatter:
-    return PercentFormatter(1, decimals=0, symbol="\N{NO-BREAK SPACE}%")
-
-
-def _step_axis(axes: Axes) -> None:
-    axes.set_xlabel("optimizer step")
-    axes.margins(x=0.01)
-    axes.xaxis.set_major_locator(
-        MaxNLocator(8, integer=True, min_n_ticks=1, steps=[1, 2, 2.5, 5, 10])
-    )
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-
-
-def _legend_above(axes: Axes, columns: int = 4) -> None:
-    """Put the legend over the axes, where it covers no data."""
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, borderpad=0.2
-    )
-
-
-def _render(name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
-    """Run `draw` on an empty figure of `size` inches and return its `<svg>` element."""
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        buffer = io.StringIO()
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text)
-    text = re.sub(r'<svg ([^>]*?)\s*(width|height)="[^"]*"', r"<svg \1", text)
-    text = re.sub(r'<svg ([^>]*?)\s*(width|height)="[^"]*"', r"<svg \1", text)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    for variable, color in LIGHT.items():
-        text = text.replace(color, f"var(--{variable})")
-    return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

@@ -18,7 +18,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from trainer import plots
+from trainer import figure, plots
 from trainer.communication import communication_table
 
 MFU_DEFINITION = (
@@ -294,8 +294,8 @@ def _render_page(report: dict[str, Any], files: RunFiles) -> str:
         figures={name: Markup(svg) for name, svg in _draw(report, files).items()},
         config=files.config,
         config_text=yaml.safe_dump(files.config, sort_keys=False, allow_unicode=True),
-        light=plots.LIGHT,
-        dark=plots.DARK,
+        light=figure.LIGHT,
+        dark=figure.DARK,
     )
 
 

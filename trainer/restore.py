@@ -8,7 +8,7 @@ import yaml
 
 from conf.schema import Config, build
 from models.causal_lm import CausalLM
-from trainer.checkpoint import resolve, verify
+from trainer.checkpoint import resolve
 from trainer.model_state import load_weights
 
 
@@ -18,8 +18,8 @@ class Restored(NamedTuple):
     checkpoint: Path
 
 
-def restore_model(path: str, device: torch.device) -> Restored:
-    """Build the model of a run and load its weights.
+def find_run(path: str) -> tuple[Config, Path]:
+    """Return the config of a run and one of its checkpoints, every byte of which was read.
 
     Args:
         path: a run directory (its newest sound checkpoint) or a checkpoint.
@@ -28,12 +28,15 @@ def restore_model(path: str, device: torch.device) -> Restored:
         ValueError: there is no sound checkpoint, or no config.yaml beside it.
     """
     checkpoint = resolve(path)
-    verify(checkpoint)
-    run_dir = checkpoint.parent.parent
-    file = run_dir / "config.yaml"
+    file = checkpoint.parent.parent / "config.yaml"
     if not file.exists():
         raise ValueError(f"run={path}: {file} is missing; name a run directory of longaxon train")
-    config = build(Config, yaml.safe_load(file.read_text()))
+    return build(Config, yaml.safe_load(file.read_text())), checkpoint
+
+
+def restore_model(path: str, device: torch.device) -> Restored:
+    """Build the model of a run and load its weights; see `find_run`."""
+    config, checkpoint = find_run(path)
     model = CausalLM(
         config.model, config.spike, config.ops, dtype=getattr(torch, config.dtype)
     ).eval()

@@ -10,6 +10,7 @@ import torch
 from conf.schema import OpsConfig
 from ops.rotary import rotary_table
 from parallel.comm import Comm
+from parallel.hot_experts import HotExperts
 from parallel.layout import SequenceLayout
 from parallel.recompute import Memory
 
@@ -27,6 +28,7 @@ class SequenceContext:
         num_sinks: rows before the tokens that hold the sink tokens, the same ones on every rank.
         memory: keeps what communication brought for a recomputed forward pass.
         aux_loss_scale: weight of the auxiliary losses of one token in what is differentiated.
+        hot_experts: counts the rows of routed experts, and has copies of some.
     """
 
     layout: SequenceLayout
@@ -36,6 +38,7 @@ class SequenceContext:
     num_sinks: int = 0
     memory: Memory | None = None
     aux_loss_scale: float = 0.0
+    hot_experts: HotExperts = field(default_factory=HotExperts, compare=False)
     _tables: dict[tuple[int, int, float], tuple[torch.Tensor, torch.Tensor]] = field(
         default_factory=dict, compare=False
     )

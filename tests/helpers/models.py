@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from conf.schema import Config, ModelConfig, OpsConfig, SpikeConfig, build
 from models.causal_lm import CausalLM
 from parallel.layout import build_layout
+from parallel.recompute import Recompute
 from parallel.sequence import SequenceContext
 from trainer.data import Batch
 
@@ -75,7 +76,8 @@ def build_model(
 ) -> CausalLM:
     """Build a model and draw its weights."""
     spike = SpikeConfig(enabled=spiking, k=3.0)
-    model = CausalLM(config, spike, OPS, dtype=dtype, recompute=recompute)
+    layers = Recompute(recompute)  # type: ignore[arg-type]
+    model = CausalLM(config, spike, OPS, dtype=dtype, recompute=layers)
     model.reset_parameters(seed)
     return model
 

@@ -190,20 +190,23 @@ def _run_command(
 def _inject(faults: Faults) -> None:
     """Put the faults in place, and a constant for the second that measuring the peak takes."""
     import trainer.loop as loop
+    from models.causal_lm import CausalLM
 
     mock.patch.object(loop, "measure_peak_flops", return_value=1e11).start()
-    forward = loop.Trainer._forward
+    forward = CausalLM.forward
 
-    def poisoned(self: loop.Trainer, batch: Any) -> Any:
-        loss_sum, num_valid = forward(self, batch)
-        if self.engine.model.training and self.state.step in faults.steps:
-            if faults.poisoned == "loss":
-                loss_sum = loss_sum * float("inf")
-            else:
-                loss_sum.register_hook(lambda gradient: gradient * float("nan"))
+    def poisoned(self: CausalLM, tokens: Any, labels: Any, context: Any) -> Any:
+        out = forward(self, tokens, labels, context)
+        is_due = self.training and context.comm.recorder.step in faults.steps
+        if not is_due or isinstance(out, torch.Tensor):  # a stage before the last one
+            return out
+        loss_sum, num_valid = out
+        if faults.poisoned == "loss":
+            return loss_sum * float("inf"), num_valid
+        loss_sum.register_hook(lambda gradient: gradient * float("nan"))
         return loss_sum, num_valid
 
-    mock.patch.object(loop.Trainer, "_forward", poisoned).start()
+    mock.patch.object(CausalLM, "forward", poisoned).start()
     if faults.halt is not None:
         _halt(*faults.halt)
     if faults.max_file_bytes is not None:

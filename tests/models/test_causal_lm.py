@@ -58,7 +58,7 @@ def forward_logits(model: CausalLM, tokens: torch.Tensor) -> torch.Tensor:
     x = model.embed(tokens)
     if model.sinks is not None:
         x = model.sinks(x)
-    for layer in model.layers:
+    for _, layer in model.named_layers():
         x = layer(x, context)
     return model.head.logits(model.norm(x))[0, num_sinks:]
 
@@ -238,7 +238,7 @@ def test_recomputation_changes_nothing(kind: str, spiking: bool) -> None:
 @torch.no_grad()
 def test_parallel_mixers_sum_their_normalised_outputs() -> None:
     model = make_model("parallel")
-    mixers = model.layers[0].mixer
+    mixers = model.layers["0"].mixer
     assert isinstance(mixers, ParallelMixers)
     x, context = torch.randn(1, 20, 32), one_rank_context([20])
     expected = torch.zeros_like(x)

@@ -57,8 +57,7 @@ def naive_loss(model: CausalLM, tokens: torch.Tensor, labels: torch.Tensor) -> t
     """Return the summed loss of one document [1, T]."""
     assert model.sinks is not None
     x = torch.cat([model.sinks.weight[None], model.embed(tokens)], dim=1)
-    for layer in model.layers:
-        assert isinstance(layer, Layer)
+    for _, layer in model.named_layers():
         x = x + mix(layer.mixer, layer.mixer_norm(x), model.config.num_sinks)
         x = x + layer.ffn(layer.ffn_norm(x))
     logits = model.head.logits(model.norm(x))[0, model.config.num_sinks :]

@@ -83,7 +83,7 @@ def test_logits_equal_those_of_transformers(make: Any) -> None:
     expected = theirs(tokens).logits[0]
     assert float(expected.std()) > 0.1
     x, context = ours.embed(tokens), one_rank_context([50])
-    for layer in ours.layers:
+    for _, layer in ours.named_layers():
         x = layer(x, context)
     logits = ours.head.logits(ours.norm(x))[0]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)

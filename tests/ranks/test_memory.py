@@ -45,7 +45,7 @@ def build_case(
         beta, decay = torch.rand(1, rows, 2, requires_grad=True), -torch.rand(1, rows, 2) / 10
         k = torch.nn.functional.normalize(k, dim=3)
         return None, lambda: delta_rule(q, k, v, beta, decay, context)[0]
-    model = build_model(tiny_model_config(kind, overrides=OVERRIDES)).layers[0]
+    model = build_model(tiny_model_config(kind, overrides=OVERRIDES)).layers["0"]
     x = torch.randn(1, rows, HIDDEN, requires_grad=True)
     return model, lambda: model(x, context)
 

@@ -38,8 +38,8 @@ def count(
     *layers: str, lengths: Sequence[int], recompute: str = "none", hardware: bool = False
 ) -> dict[str, float]:
     """Return the training FLOPs of a tiny model."""
-    model = build_model(tiny_model_config(*layers))
-    return FlopCounter(model, recompute).training(lengths, hardware=hardware)
+    model = build_model(tiny_model_config(*layers), recompute=recompute)
+    return FlopCounter(model).training(lengths, hardware=hardware)
 
 
 @pytest.mark.parametrize("lengths", DOCUMENTS, ids=str)
@@ -83,7 +83,7 @@ def test_layers_add_up_by_kind() -> None:
 def test_every_token_sees_the_sinks_in_softmax_layers() -> None:
     lengths, num_sinks = (1, 3, 50), 7
     layers, sinks = ("linear", "window", "linear+full"), [f"model.num_sinks={num_sinks}"]
-    counter = FlopCounter(build_model(tiny_model_config(*layers, overrides=sinks)), "none")
+    counter = FlopCounter(build_model(tiny_model_config(*layers, overrides=sinks)))
     for hardware in (False, True):
         more = counter.training(lengths, hardware=hardware)
         for kind, flops in count(*layers, lengths=lengths, hardware=hardware).items():
@@ -96,7 +96,7 @@ def test_every_token_sees_the_sinks_in_softmax_layers() -> None:
 def test_head_counts_once_whether_tied_or_not() -> None:
     for tied in ("true", "false"):
         model = build_model(tiny_model_config("full", overrides=[f"model.tie_embeddings={tied}"]))
-        flops = FlopCounter(model, "none").training([10])
+        flops = FlopCounter(model).training([10])
         assert flops["head_and_loss"] == 3 * 2 * E * VOCAB * 10
 
 
@@ -124,7 +124,7 @@ def test_forward_flops_of_spikingbrain_7b_per_token() -> None:
         config = compose_config("model=spikingbrain_7b").model
         model = CausalLM(config, SpikeConfig(enabled=True, k=3.0), OPS)
     length = 131072
-    flops = FlopCounter(model, "none").training([length])
+    flops = FlopCounter(model).training([length])
     qkvo = 3584 * 3584 * 2 + 2 * 3584 * 512
     linear = 2 * (qkvo + 3584 * 16 + 16 * 512) + 2 * 128 * 128 * (4 + 28)
     pairs = length * 4096 - 4096 * 4095 // 2

@@ -90,7 +90,7 @@ def _our_step(
     model.reset_parameters(0)
     model.to(mesh.device)
     lengths = [config.seq_len] * config.micro_batch_size
-    flops = sum(FlopCounter(model, "none").training(lengths).values())
+    flops = sum(FlopCounter(model).training(lengths).values())
     engine = Engine(
         model,
         build_optimizer(model, OPTIM),

@@ -183,7 +183,7 @@ def test_key_gate_adds_neither_parameters_nor_flops() -> None:
         f"{name}_proj.weight" for name in "qkvo"
     } | {"g_norm.weight"}
     weights, state = 32 * (4 + 2 * 2 + 4) * 8, 2 * 8 * 8 * (2 + 4)
-    flops = FlopCounter(build_model(config), "none").training([7, 20])
+    flops = FlopCounter(build_model(config)).training([7, 20])
     assert flops["linear_attention"] == 3 * 27 * (2 * weights + state)
 
 
