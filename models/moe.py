@@ -212,20 +212,19 @@ class Experts(nn.Module):
         above = self.recompute.above if self.training else None
         sizes = [] if above is None else counts.tolist()
         if above is None or max(sizes) <= above:
-            return self._compute(rows, counts, *weights)
+            return self._compute(rows, counts, weights)
         # Neighbors together, so that one node puts the gradients of all their weights together.
         runs = [(many, list(run)) for many, run in itertools.groupby(sizes, lambda n: n > above)]
         lengths = [len(run) for _, run in runs]
         parts = zip(
+            (many for many, _ in runs),
             rows.split([sum(run) for _, run in runs]),
-            *(each.split(lengths) for each in (counts, *weights)),
+            counts.split(lengths),
+            zip(*(weight.split(lengths) for weight in weights), strict=True),
             strict=True,
         )
         return torch.cat(
-            [
-                run_recomputed(self._compute, *part, many, when=many)
-                for (many, _), part in zip(runs, parts, strict=True)
-            ]
+            [run_recomputed(self._compute, *part, many, when=many) for many, *part in parts]
         )
 
     def count_recomputed(self, counts: torch.Tensor) -> torch.Tensor | int:
@@ -237,11 +236,10 @@ class Experts(nn.Module):
         self,
         rows: torch.Tensor,
         counts: torch.Tensor,
-        gate_proj: torch.Tensor,
-        up_proj: torch.Tensor,
-        down_proj: torch.Tensor,
+        weights: tuple[torch.Tensor, ...],
         runs_again: bool = False,
     ) -> torch.Tensor:
+        gate_proj, up_proj, down_proj = weights
         encoded = self.encode_in(rows)
         gate = self._multiply(encoded, gate_proj, counts)
         up = self._multiply(encoded, up_proj, counts)

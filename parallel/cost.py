@@ -193,15 +193,14 @@ def expert_traffic(
             received += travels * (owner == rank)
             borrowed += is_copied * (source == rank)
             lent += is_copied * (owner == rank)
-    rows = {("ep", "dispatch"): sent * row_bytes, ("ep", "combine"): received * row_bytes}
-    again = {("ep", "counts"): passes * (num_ranks - 1) * local * 8, **rows}
-    weight_bytes, gradient_bytes = expert_bytes
+    ways = {("ep", "dispatch"): sent * row_bytes, ("ep", "combine"): received * row_bytes}
+    forward = {("ep", "counts"): passes * (num_ranks - 1) * local * 8, **ways}
     # Backward each way's gradients go the other way, so that either carries as much as before.
-    backward = _add(rows, again) if recompute else rows
-    return Traffic(
-        {**again, ("ep", "expert_copy"): lent * weight_bytes},
-        {**backward, ("ep", "expert_copy"): borrowed * gradient_bytes},
-    )
+    traffic = Traffic(forward, _add(ways, forward) if recompute else ways)
+    if not lent and not borrowed:
+        return traffic
+    key, (weight_bytes, gradient_bytes) = ("ep", "expert_copy"), expert_bytes
+    return traffic + Traffic({key: lent * weight_bytes}, {key: borrowed * gradient_bytes})
 
 
 def zero_traffic(

@@ -11,7 +11,6 @@ from typing import Any
 
 import deepspeed
 import deepspeed.comm
-import torch
 import torch.distributed as dist
 
 from parallel.ledger import Ledger
@@ -28,7 +27,7 @@ _COLLECTIVES = {
 }
 """Names of their arguments, in order."""
 _LARGEST_SCALARS = 8
-"""Bytes of what is no gradient and no parameter, but a norm or a flag; so are integers, as shapes."""
+"""Bytes of what is no gradient and no parameter, but a norm or a flag; integers are none either."""
 
 
 class Backend:
@@ -41,7 +40,7 @@ class Backend:
 
     def __init__(self, mesh: Mesh, ledger: Ledger) -> None:
         given = deepspeed.comm.comm.cdb
-        self._backend = given._backend if isinstance(given, Backend) else given
+        self._backend: Any = given._backend if isinstance(given, Backend) else given
         self._mesh, self._ledger = mesh, ledger
         self.purpose: str | None = "start"
         # Where two axes have the same ranks, the later one names them.

@@ -83,6 +83,9 @@ class Engine:
         if self.zero_stage in (1, 2):
             # float32 is not checked by default; a non-finite norm must leave the weights alone.
             self._engine.optimizer.check_grad_overflow = True
+            # It would reduce a norm of each of its groups of parameters over the stages, of which
+            # only those with experts have one more; the norm over all stages is `_clip`'s.
+            self._engine.optimizer.model_parallel_group = None
         self.backend.purpose = None
 
     def _prepare(self, model: nn.Module) -> nn.Module:
@@ -149,6 +152,8 @@ class Engine:
         total = math.sqrt(float(self.comm.at(kind="scalars").all_reduce_sum(square, self.mesh.world)))
         if not math.isfinite(total):
             self.model.zero_grad(set_to_none=True)
+            # ZeRO has its own hold of them: the stages whose gradients are finite skip as well.
+            torch._foreach_mul_([gradient for gradient, _ in gradients], math.nan)
         elif total > self.max_grad_norm:
             scale = self.max_grad_norm / (total + 1e-6)
             torch._foreach_mul_([gradient for gradient, _ in gradients], scale)

@@ -1,8 +1,8 @@
 """Hot experts: where a rank has many rows for an expert of another, its weights come to the rows.
 
-What a step asked of the experts decides which are copied in the next one, by the rule of FasterMoE
-(doi:10.1145/3503221.3508418) in bytes: a copy travels once per step and its gradient back once,
-the rows of every micro batch stay. Which rank computes a row does not change what comes out.
+What the last steps asked of the experts decides which are copied in the next, by the rule of
+FasterMoE (doi:10.1145/3503221.3508418) in bytes: a copy travels once per step and its gradient back
+once, the rows of all micro batches stay. Which rank computes a row does not change what comes out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,7 +61,7 @@ class HotExperts:
     Attributes:
         rows: int64 [P, layers, G], rows that each rank had for each expert in the last step, on a
             CPU; where layers differ in G, the rest is 0.
-        copied: bool [P, layers, G], the copies of the step that is under way.
+        copied: bool [P, layers, G], the copies that each rank had in the last step.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class HotExperts:
         self._loans: dict[str, _Loan] = {}
         self.rows = torch.zeros(mesh.ep.size, *shape, dtype=torch.int64)
         self.copied = torch.zeros_like(self.rows, dtype=torch.bool)
+        self._planned = self.copied
 
     def lend(self, layer: str) -> "Lent":
         """Return the weights to compute a micro batch with; in the first one copies set out."""
@@ -101,19 +102,22 @@ class HotExperts:
         """
         if not self._layers:
             return
+        before = self.rows
         self.rows = self._comm.at(kind="metrics").all_gather(self._here, self._comm.mesh.ep).cpu()
+        # A load that jumps from expert to expert would pay for copies and use none.
+        steady = torch.minimum(before, self.rows)
         self._here.zero_()
-        self.copied.zero_()
+        self.copied, self._planned = self._planned, torch.zeros_like(self.copied)
         self._loans = {}
         for i, (layer, weights) in enumerate(self._layers.items()):
             size = sum(weight[0].numel() for weight in weights)
             copied = plan_copies(
-                self.rows[:, i, : self._sizes[i]],
+                steady[:, i, : self._sizes[i]],
                 row_bytes=self._row_bytes,
                 copy_bytes=size * (self._dtype.itemsize + GRADIENT_ITEMSIZE),
                 max_copies=self._max_copies,
             )
-            self.copied[:, i, : self._sizes[i]] = copied
+            self._planned[:, i, : self._sizes[i]] = copied
             comm = self._comm.at(layer=layer, kind="moe")
             loan = _Loan(weights, copied, self._dtype, self._micro_batches, comm)
             if loan.takers:

@@ -52,6 +52,10 @@ class Ledger:
         """Return the seconds spent in collectives so far."""
         return sum(entry.seconds for entry in self.entries.values())
 
+    def bytes_on(self, axis: str) -> int:
+        """Return the bytes sent on the ranks of `axis`."""
+        return sum(entry.bytes for key, entry in self.entries.items() if key[0] == axis)
+
     def dump(self) -> str:
         """Return all entries as text, for another rank to `load`."""
         rows = [[*key, *astuple(entry)] for key, entry in self.entries.items()]
@@ -67,18 +71,22 @@ class Ledger:
         """Return {axis: {collective: figures}}: calls, bytes and seconds, whole and per step.
 
         `by_kind` holds the same figures for each kind of layer that asked for the collective, and
-        `all_ranks`, in either, what the ranks sent together.
+        `all_ranks`, in either, what the ranks sent together. What one rank alone had to do with has
+        zeros here.
 
         Args:
             ledgers: of all ranks, this one's included.
         """
-        totals, steps = [ledger._totals() for ledger in ledgers], max(self.steps, 1)
+        own, steps = self._totals(), max(self.steps, 1)
+        totals = [ledger._totals() for ledger in ledgers] or [own]
         result: dict[str, dict[str, dict[str, object]]] = {}
-        for (axis, collective, kind), entry in sorted(self._totals().items()):
-            figures = _figures(entry, steps)
+        for key in sorted(set().union(*totals)):
+            axis, collective, kind = key
+            foreseen = any(key in t and t[key].predicted_bytes is not None for t in totals)
+            nothing = Entry(predicted_bytes=0 if foreseen else None)
+            figures = _figures(own.get(key, nothing), steps)
             if ledgers:
-                key = (axis, collective, kind)
-                figures["all_ranks"] = _over_ranks([t.get(key, Entry()) for t in totals], steps)
+                figures["all_ranks"] = _over_ranks([t.get(key, nothing) for t in totals], steps)
             whole = result.setdefault(axis, {}).setdefault(collective, figures)
             if kind:
                 kinds = whole.setdefault("by_kind", {})

@@ -1,10 +1,10 @@
-"""Which degrees of parallelism suit the ranks, the batch and the model, and which near ones would."""
+"""Which degrees of parallelism suit the ranks, the batch and the model, and which near ones do."""
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from conf.schema import Config, MoEConfig, ParallelConfig
 from models.causal_lm import layer_list
@@ -73,31 +73,33 @@ def _ranks(config: Config, world_size: int) -> Iterator[_Problem]:
         yield _Problem(
             f"parallel.pp={parallel.pp} exceeds model.num_layers={count}, and every stage needs "
             "a layer",
-            lambda: _near_degrees(config, world_size, "pp") + [f"model.num_layers={parallel.pp}"],
+            lambda: [*_near_degrees(config, world_size, "pp"), f"model.num_layers={parallel.pp}"],
         )
 
 
 def _zero(config: Config, world_size: int) -> Iterator[_Problem]:
     """What DeepSpeed's ZeRO cannot do."""
     parallel = config.parallel
-    is_split = {"pp": parallel.pp > 1, "ep": parallel.ep > 1}
-    for degree, largest in (("pp", 1), ("ep", 2)):
-        if is_split[degree] and (parallel.zero_stage > largest or parallel.offload != "none"):
-            stage, offload = parallel.zero_stage, parallel.offload
-            changes = [f"parallel.zero_stage={largest}"] if stage > largest else []
-            changes += ["parallel.offload=none"] if offload != "none" else []
-            yield _Problem(
-                f"parallel.{degree}={getattr(parallel, degree)} needs parallel.zero_stage of "
-                f"{largest} at most and parallel.offload=none, not {stage} and {offload}",
-                lambda changes=changes, degree=degree: (
-                    [" ".join(changes)] + _near_degrees(config, world_size, degree)
-                ),
-            )
-    needed = {"none": 0, "optimizer": 1, "all": 3}[parallel.offload]
-    if parallel.zero_stage < needed:
+    stage, offload = parallel.zero_stage, parallel.offload
+    if parallel.pp > 1 and (stage > 1 or offload != "none"):
+        lower = _name_changes(parallel, {"zero_stage": min(stage, 1), "offload": "none"})
         yield _Problem(
-            f"parallel.offload={parallel.offload} needs parallel.zero_stage of {needed} at least, "
-            f"not {parallel.zero_stage}",
+            f"parallel.pp={parallel.pp} needs parallel.zero_stage of 1 at most and "
+            f"parallel.offload=none, not {stage} and {offload}",
+            lambda: [lower, *_near_degrees(config, world_size, "pp")],
+        )
+    if parallel.ep > 1 and stage == 3:
+        offload_less = "optimizer" if offload == "all" else offload
+        lower = _name_changes(parallel, {"zero_stage": 2, "offload": offload_less})
+        yield _Problem(
+            f"parallel.ep={parallel.ep} needs parallel.zero_stage of 2 at most, not {stage}",
+            lambda: [lower, "parallel.ep=1"],
+        )
+    needed = {"none": 0, "optimizer": 1, "all": 3}[offload]
+    if stage < needed:
+        yield _Problem(
+            f"parallel.offload={offload} needs parallel.zero_stage of {needed} at least, not "
+            f"{stage}",
             lambda: [f"parallel.zero_stage={needed}", "parallel.offload=none"],
         )
 
@@ -124,7 +126,7 @@ def _experts(config: Config, world_size: int) -> Iterator[_Problem]:
             yield _Problem(
                 f"parallel.ep={parallel.ep} must divide model.ffns.{name}.moe.num_experts="
                 f"{moe.num_experts} and the {stage_size} ranks of a pipeline stage",
-                lambda: _near_degrees(config, world_size, "ep"),
+                lambda: _near_degrees(config, world_size, "ep") or ["parallel.ep=1"],
             )
         if parallel.hot_experts and moe.capacity is not None:
             yield _Problem(
@@ -155,7 +157,8 @@ def _sequence(config: Config, world_size: int) -> Iterator[_Problem]:
     parallel, data = config.parallel, config.data
 
     def near() -> list[str]:
-        return _near_degrees(config, world_size, "ulysses", "ring")
+        degrees = _near_degrees(config, world_size, "ulysses", "ring")
+        return degrees or ["parallel.ulysses=1 parallel.ring=1"]
 
     for name, mixer in _full_attention(config).items():
         try:
@@ -164,7 +167,7 @@ def _sequence(config: Config, world_size: int) -> Iterator[_Problem]:
             yield _Problem(f"model.mixers.{name}: {str(error).partition(';')[0]}", near)
     needed = _count_segments(parallel)
     if data.seq_len * data.micro_batch_size < needed:
-        contiguous = _replace(config, layout="contiguous")
+        contiguous = _replace(config, {"layout": "contiguous"})
         yield _Problem(
             f"data.seq_len={data.seq_len} x data.micro_batch_size={data.micro_batch_size} tokens "
             f"must be {needed} at least, one for each segment that parallel.ulysses="
@@ -181,22 +184,22 @@ def _sequence(config: Config, world_size: int) -> Iterator[_Problem]:
 def _near_degrees(config: Config, world_size: int, *degrees: Degree) -> list[str]:
     """Return overrides for the two nearest of these degrees that fit.
 
-    First come those that leave the number of data ranks, or else that of the ranks they share out.
+    First come those that leave the number of data ranks, then those that share out as many ranks.
     """
-    given = {degree: getattr(config.parallel, degree) for degree in degrees}
+    parallel = config.parallel
+    given = [getattr(parallel, degree) for degree in degrees]
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     choices: list[tuple[tuple[bool, bool, float], str]] = []
     for sizes in itertools.product(divisors, repeat=len(degrees)):
-        chosen = dict(zip(degrees, sizes, strict=True))
-        changed = [f"parallel.{key}={n}" for key, n in chosen.items() if n != given[key]]
-        for free in (False, True) if config.parallel.dp else (False,):
-            freed = {"dp": None} if free else {}
-            if changed and _fits(_replace(config, **chosen, **freed), world_size):
-                is_other = math.prod(sizes) != math.prod(given.values())
-                distance = sum(abs(math.log(n / given[key])) for key, n in chosen.items())
-                text = " ".join([*changed, *(["parallel.dp=null"] if free else [])])
-                choices.append(((free, is_other, distance), text))
-                break
+        changes: dict[str, Any] = dict(zip(degrees, sizes, strict=True))
+        if not _fits(_replace(config, changes), world_size):
+            changes["dp"] = None
+        if list(sizes) != given and _fits(_replace(config, changes), world_size):
+            is_other = math.prod(sizes) != math.prod(given)
+            distance = sum(abs(math.log(n / m)) for n, m in zip(sizes, given, strict=True))
+            choices.append(
+                (("dp" in changes, is_other, distance), _name_changes(parallel, changes))
+            )
     return [text for _, text in sorted(choices, key=lambda choice: choice[0])[:2]]
 
 
@@ -220,8 +223,17 @@ def _fits_world(config: Config, world_size: int) -> bool:
     return _fits(dataclasses.replace(config, launcher=launcher), world_size)
 
 
-def _replace(config: Config, **changes: int | str | None) -> Config:
+def _replace(config: Config, changes: dict[str, Any]) -> Config:
     return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **changes))
+
+
+def _name_changes(parallel: ParallelConfig, changes: dict[str, Any]) -> str:
+    """Return the overrides that change what differs."""
+    return " ".join(
+        f"parallel.{key}={'null' if value is None else value}"
+        for key, value in changes.items()
+        if value != getattr(parallel, key)
+    )
 
 
 def _count_segments(parallel: ParallelConfig) -> int:

@@ -6,7 +6,8 @@ _FIGURES = (
     "calls_per_step", "bytes_per_step", "predicted_bytes_per_step", "seconds_per_step",
     "calls", "bytes", "predicted_bytes", "all_ranks",
 )  # fmt: skip
-_AXES = ("ulysses", "ring", "sp", "dp", "checkpoint")
+_AXES = ("ulysses", "ring", "sp", "ep", "pp", "dp", "edp", "world", "start", "checkpoint")
+_BETWEEN_STEPS = ("start", "checkpoint")
 
 
 def communication_table(
@@ -15,9 +16,10 @@ def communication_table(
     """Return one row for each axis, collective and kind of layer in comm.json.
 
     Beside the figures of the ledger, a row has `step_share`, seconds waited over the seconds of a
-    step, None for checkpoints, which are written between steps; `as_predicted`, whether every rank
-    sent the bytes of its formula, None where there is none; and `deviation`, by how much rank 0 did
-    not, as a part of the prediction. A figure that comm.json lacks is None.
+    step, None for what is sent before the first one and for checkpoints, which are written between
+    steps; `as_predicted`, whether every rank sent the bytes of its formula, None where there is
+    none; and `deviation`, by how much rank 0 did not, as a part of the prediction. A figure that
+    comm.json lacks is None.
     """
     if comm is None:
         return None
@@ -29,7 +31,7 @@ def communication_table(
                 row |= {name: use.get(name) for name in _FIGURES}
                 seconds = row["seconds_per_step"]
                 share = None
-                if seconds is not None and step_seconds and axis != "checkpoint":
+                if seconds is not None and step_seconds and axis not in _BETWEEN_STEPS:
                     share = seconds / step_seconds
                 rows.append(row | {"step_share": share} | _compare(row))
     return rows
@@ -39,8 +41,9 @@ def _compare(row: dict[str, Any]) -> dict[str, Any]:
     sent, predicted = row["bytes"], row["predicted_bytes"]
     if predicted is None:
         return {"as_predicted": None, "deviation": None}
-    ranks_off = (row["all_ranks"] or {}).get("ranks_off")
+    together = row["all_ranks"] or {}
+    is_equal = together.get("bytes") == together.get("predicted_bytes")
     return {
-        "as_predicted": sent == predicted and not ranks_off,
+        "as_predicted": sent == predicted and is_equal and not together.get("ranks_off"),
         "deviation": (sent - predicted) / predicted if predicted else None,
     }

@@ -20,7 +20,7 @@ from trainer.run_dir import save_config
 logger = logging.getLogger(__name__)
 
 
-def convert_run(config: ConvertConfig, *, max_shard_bytes: int = 4 * 10**9) -> Path:
+def convert_run(config: ConvertConfig, *, max_shard_bytes: int = 2 * 10**9) -> Path:
     """Write a run directory with a checkpoint of step 0; return the checkpoint.
 
     Tensors are made one by one, so that no more than a shard and a tensor are in memory. The

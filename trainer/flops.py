@@ -112,6 +112,19 @@ def parameters_by_kind(model: CausalLM) -> dict[str, int]:
     return dict(counts)
 
 
+def active_parameters(model: CausalLM) -> int:
+    """Return the parameters that a token meets: of routed experts those it chose, of the embedding
+    none, unless the head shares it.
+    """
+    counts = sum(parameters_by_kind(model).values())
+    for _, layer in model.named_layers():
+        if isinstance(layer.ffn, MoE):
+            config = layer.ffn.config
+            counts -= (config.num_experts - config.top_k) * layer.ffn.expert_weights()
+    is_shared = model.head.weight is model.embed.weight
+    return counts - (0 if is_shared else model.embed.weight.numel())
+
+
 def measure_peak_flops(
     device: torch.device, dtype: torch.dtype, *, size: int = 2048, seconds: float = 1.0
 ) -> float:

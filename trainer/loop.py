@@ -27,7 +27,7 @@ from trainer.accelerator import Accelerator
 from trainer.checkpoint import CheckpointStore, CheckpointWriteError, load_state, resolve
 from trainer.data import Batch, TokenDataset, micro_batches, prepare, validation_batches
 from trainer.demand import ExpertDemand
-from trainer.flops import FlopCounter, measure_peak_flops, parameters_by_kind
+from trainer.flops import FlopCounter, active_parameters, measure_peak_flops, parameters_by_kind
 from trainer.forecast import Forecast
 from trainer.model_state import load_moments, load_weights, own_shard
 from trainer.optim import build_optimizer, learning_rate
@@ -106,7 +106,9 @@ class Trainer:
         else:
             load_weights(model, checkpoint)
         peak = measure_peak_flops(mesh.device, self.dtype)
-        facts = RunFacts(parameters_by_kind(whole), peak * mesh.world_size, accelerator)
+        facts = RunFacts(
+            parameters_by_kind(whole), active_parameters(whole), peak * mesh.world_size, accelerator
+        )
         self.spikes = SpikeStatistics(whole, model)
         self.routers = RouterStatistics(whole, model)
         self.demand = ExpertDemand(model, self.comm)
@@ -213,6 +215,7 @@ class Trainer:
         if not applied:
             kind = "gradient" if math.isfinite(loss) else "loss"
             record |= {"skipped": True, "reason": f"non-finite {kind}"}
+        record["routings"] = routing
         if spikes:
             record["spike_histograms"] = spikes
         return record

@@ -4,16 +4,19 @@ A rank that holds some of the experts writes and reads those rows; all else is w
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from models.causal_lm import CausalLM
-from parallel.engine import Engine
 from parallel.expert import is_expert
 from parallel.layout import Segment
 from parallel.pipeline import ModelPart
 from trainer.checkpoint import load_tensors
 from trainer.checkpoint_tensors import CheckpointTensors, rows_name
+
+if TYPE_CHECKING:  # evaluation and generation do without DeepSpeed
+    from parallel.engine import Engine
 
 
 def load_weights(model: CausalLM, checkpoint: Path) -> None:
@@ -26,17 +29,15 @@ def load_weights(model: CausalLM, checkpoint: Path) -> None:
             buffer.copy_(tensors.get(f"model/{name}"))
 
 
-def load_moments(engine: Engine, step: int, checkpoint: Path) -> None:
+def load_moments(engine: "Engine", step: int, checkpoint: Path) -> None:
     """Read the optimizer's moments after `step` steps that it has applied."""
     tensors = load_tensors(checkpoint)
     part = engine.model.part
     assert isinstance(part, ModelPart)
-    engine.load_moments(
-        step, lambda moment, name, p: _read(tensors, f"{moment}/{name}", p, part)
-    )
+    engine.load_moments(step, lambda moment, name, p: _read(tensors, f"{moment}/{name}", p, part))
 
 
-def own_shard(engine: Engine) -> dict[str, torch.Tensor]:
+def own_shard(engine: "Engine") -> dict[str, torch.Tensor]:
     """Return what this rank writes of a checkpoint; every rank must call.
 
     What several ranks hold is shared out among them.

@@ -204,6 +204,58 @@ def spike_trade_off(spikes: dict[str, Any]) -> str:
     return render("tradeoff", (HALF, 3.1), draw)
 
 
+def expert_loads(layers: Sequence[dict[str, Any]]) -> str:
+    """Draw a cell for each expert of each layer: orange with more than its share, blue with less.
+
+    A cell is as strong as its load is away from the mean of the layer, on a scale of its own for
+    more and for less, whose ends are the busiest expert of all and none.
+    """
+    rows = [np.array(layer["load"]) / max(1e-9, float(np.mean(layer["load"]))) for layer in layers]
+    most, width = max(2.0, *(row.max() for row in rows)), max(len(row) for row in rows)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for i, row in enumerate(rows):
+            strength = np.where(row > 1, (row - 1) / (most - 1), 1 - row)
+            for color, is_mine in ((LIGHT["orange"], row > 1), (LIGHT["blue"], row <= 1)):
+                places = np.flatnonzero(is_mine)
+                colors = [(color, round(float(strength[place]), 3)) for place in places]
+                axes.bar(places, 0.9, 0.94, bottom=i - 0.45, color=colors)
+            for place, load in enumerate(row if width <= 32 else ()):
+                axes.text(place, i, f"{load:.2g}", ha="center", va="center", fontsize=7.5)
+        axes.set_xlim(-0.6, width - 0.4)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_yticks(range(len(rows)), [f"layer {layer['layer']}" for layer in layers])
+        axes.xaxis.set_major_locator(MaxNLocator(min(width, 16), integer=True, min_n_ticks=1))
+        axes.set_xlabel("expert")
+        axes.grid(visible=False)
+
+    return render("loads", (FULL, 0.8 + 0.26 * len(rows)), draw)
+
+
+def routing_curves(curves: dict[str, Curve]) -> str:
+    """Draw what metrics.jsonl says of the routers over the steps, a panel for each figure."""
+    titles = {
+        "router_max_load": "Busiest expert, over the mean",
+        "router_entropy": "Entropy of the scores (nats)",
+        "balance_loss": "Balance loss (1: even)",
+        "router_drop_rate": "Dropped choices",
+    }
+    shown = {name: curve for name, curve in curves.items() if name in titles and any(curve[1])}
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, max(1, len(shown)), squeeze=False)[0]
+        for axes, (name, curve) in zip(panels, shown.items(), strict=False):
+            draw_line(axes, curve, color=LIGHT["blue"], width=0.9)
+            axes.set_title(titles[name])
+            axes.set_ylim(bottom=0)
+            mark_steps(axes)
+            if name == "router_drop_rate":
+                axes.yaxis.set_major_formatter(percent_ticks())
+
+    return render("routing", (FULL, 2.3), draw)
+
+
 def _beside(axes: Axes, text: str, x: float, y: float) -> None:
     axes.annotate(text, (x, y), (6, -7), textcoords="offset points", fontsize=7.5)
 

@@ -5,7 +5,7 @@ import logging
 import os
 import platform
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from trainer.accelerator import Accelerator
 from trainer.profiler import StepProfiler
 from trainer.report import write_report
 from trainer.run_dir import FINISHED, config_tree, flatten
+from trainer.statistics import routing_figures
 from trainer.tracking import MetricsFile, MLflowRun
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ class RunFacts:
     """What is known before the first step."""
 
     parameters_by_kind: dict[str, int]
+    active_parameters: int
+    """That one token meets."""
     measured_peak: float
     """FLOP/s of the whole world by a large matrix product of the compute dtype."""
     accelerator: Accelerator
@@ -49,6 +52,8 @@ class Recorder:
         self.flops_by_kind: dict[str, float] = defaultdict(float)
         self.hardware_flops = 0.0
         self.histograms: dict[str, torch.Tensor] = {}
+        self.loads: dict[str, torch.Tensor] = {}
+        self.routing: dict[str, Counter[str]] = defaultdict(Counter)
         self.mlflow: MLflowRun | None = None
 
     def start(self, step: int) -> None:
@@ -69,6 +74,9 @@ class Recorder:
         by_kind, hardware = record.pop("flops_by_kind"), record.pop("hardware_flops")
         model = sum(by_kind.values())
         histograms = record.pop("spike_histograms", {})
+        for name, routing in record.pop("routings", {}).items():
+            self.loads[name] = self.loads.get(name, 0.0) + routing.load
+            self.routing[name].update(routing_figures(routing))
         seconds, peak = record["step_seconds"], self.facts.measured_peak
         data = self.config.data
         record["tokens_per_second"] = data.global_batch_size * data.seq_len / seconds
@@ -152,11 +160,12 @@ class Recorder:
             },
             "parameters": {
                 "total": sum(parameters.values()),
-                "active": sum(parameters.values()),
+                "active": facts.active_parameters,
                 "by_kind": parameters,
             },
             "kinds": self._kinds(),
             "spikes": self._spikes(),
+            "routing": self._routing(ledgers),
         }
         _write_json(self.run_dir / "profile.json", profile)
         _write_json(self.run_dir / "comm.json", ledgers[0].summary(ledgers))
@@ -199,19 +208,40 @@ class Recorder:
             for kind in sorted(seconds.keys() | self.flops_by_kind.keys())
         ]
 
+    def _routing(self, ledgers: list[Ledger]) -> dict[str, Any] | None:
+        """Return the loads of all experts in all steps, figures of a mean step, and the bytes."""
+        if not self.loads:
+            return None
+        steps = self.ledger.steps
+        sent = [ledger.bytes_on("ep") / steps for ledger in ledgers]
+        layers = [
+            {"name": name, "layer": _layer(name), "load": load.tolist()}
+            | {key: total / steps for key, total in self.routing[name].items()}
+            for name, load in self.loads.items()
+        ]
+        return {
+            "layers": layers,
+            "busiest_rank_bytes_per_step": max(sent),
+            "mean_rank_bytes_per_step": sum(sent) / len(sent),
+        }
+
     def _spikes(self) -> dict[str, Any] | None:
         if not self.histograms:
             return None
         layers = []
         for name, histogram in self.histograms.items():
-            layer = next(int(part) for part in name.split(".") if part.isdigit())
-            layers.append({"name": name, "layer": layer} | spike_statistics(histogram))
+            layers.append({"name": name, "layer": _layer(name)} | spike_statistics(histogram))
         whole = torch.stack(list(self.histograms.values())).sum(0)
         return {
             "k": self.config.spike.k,
             "layers": layers,
             "model": spike_statistics(whole),
         }
+
+
+def _layer(name: str) -> int:
+    """Return the number of the layer that a module of this name is in."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -48,6 +48,9 @@ PUBLISHED_SPIKES = {
 }
 """Published statistics; it is not said which reading of sparsity at three time steps they are."""
 
+ROUTING = ("router_max_load", "router_entropy", "balance_loss", "router_drop_rate")
+"""Keys of metrics.jsonl that are drawn over the steps."""
+
 _CHECK_KEYS = ("share_within_7", "share_silent", "mean_spikes", "sparsity_all", "sparsity_within_7")
 SIMULATED_SPIKES = [
     {"inputs": inputs, "k": k} | dict(zip(_CHECK_KEYS, values, strict=True))
@@ -167,6 +170,7 @@ def _build_report(files: RunFiles, folder: str) -> dict[str, Any]:
         "communication": files.comm,
         "communication_table": communication_table(files.comm, throughput["step_seconds"]),
         "spikes": _spike_section(profile),
+        "routing": profile.get("routing"),
         "skipped_steps": [
             {"step": step["step"], "reason": step.get("reason")}
             for step in files.steps
@@ -321,6 +325,9 @@ def _draw(report: dict[str, Any], files: RunFiles) -> dict[str, str]:
         figures["spikes"] = plots.spikes_by_layer(report["spikes"]["layers"], PUBLISHED_SPIKES)
         figures["trade_off"] = plots.spike_trade_off(report["spikes"])
         figures["counts"] = plots.count_histogram(report["spikes"]["model"]["histogram"])
+    if report["routing"]:
+        figures["loads"] = plots.expert_loads(report["routing"]["layers"])
+        figures["routing"] = plots.routing_curves({name: files.values(name) for name in ROUTING})
     return figures
 
 

@@ -77,23 +77,24 @@ class RouterStatistics:
         """
         if not routings:
             return {}
-        max_load = entropy = balance = z = dropped = 0.0
-        for routing in routings.values():
-            load = routing.load / routing.load.sum().clamp_min(1)
-            tokens = routing.tokens.clamp_min(1)
-            max_load = max(max_load, float(load.max()) * len(load))
-            entropy += float(routing.entropy / tokens)
-            balance += float((load * routing.score / tokens).sum()) * len(load)
-            z += float(routing.z / tokens)
-            dropped += float(routing.dropped / routing.load.sum().clamp_min(1))
-        count = len(routings)
-        return {
-            "router_max_load": max_load,
-            "router_entropy": entropy / count,
-            "router_drop_rate": dropped / count,
-            "balance_loss": balance / count,
-            "z_loss": z / count,
+        layers = [routing_figures(routing) for routing in routings.values()]
+        worst = {"router_max_load": max(figures.pop("router_max_load") for figures in layers)}
+        return worst | {
+            name: sum(figures[name] for figures in layers) / len(layers) for name in layers[0]
         }
+
+
+def routing_figures(routing: Routing) -> dict[str, float]:
+    """Return the figures of `RouterStatistics.metrics` for one layer."""
+    load = routing.load / routing.load.sum().clamp_min(1)
+    tokens = routing.tokens.clamp_min(1)
+    return {
+        "router_max_load": float(load.max()) * len(load),
+        "router_entropy": float(routing.entropy / tokens),
+        "router_drop_rate": float(routing.dropped / routing.load.sum().clamp_min(1)),
+        "balance_loss": float((load * routing.score / tokens).sum()) * len(load),
+        "z_loss": float(routing.z / tokens),
+    }
 
 
 def _routers(model: CausalLM) -> dict[str, Router]:

@@ -8,7 +8,6 @@
 //
 // Results do not depend on the number of threads.
 
-#include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -17,27 +16,47 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 256, COLUMNS = 512;
+// A task is a block of the result, of BLOCK rows and WIDE columns or the other way round, so that
+// sums and factors, taken in pieces, stay in a cache of the second level.
+constexpr int64_t BLOCK = 256, WIDE = 512;
 constexpr int64_t SQUARE = SIDE * SIDE;
-constexpr int64_t AHEAD = 16;
+constexpr int64_t AHEAD = 16;  // rows by which memory is asked for before it is needed
 
-// A block of the result of one group: `count` of the group's rows from `begin`, in the matrix'
-// dimensions from `row` and `column`.
 struct Task {
-  int64_t group, begin, count, row, column;
+  int64_t group, begin, count;  // rows of x
+  int64_t f, e;                 // where the block begins in the matrix
+};
+
+// The left side of a product, in squares `step` apart along the sum and `next` apart across it.
+struct Left {
+  const bf16* data;
+  int64_t stride, step, next;
 };
 
 const bf16* data_of(const Tensor& x) { return static_cast<const bf16*>(x.const_data_ptr()); }
 
 // ---------------------------------------------------------------- layouts
 
+inline __m512i load_row(const bf16* rows, int64_t stride, int64_t i, int64_t count) {
+  return i < count ? _mm512_loadu_si512(rows + i * stride) : _mm512_setzero_si512();
+}
+
 // Squares beside each other, of `count` strided rows, zero beyond them.
 void copy_squares(bf16* squares, const bf16* rows, int64_t stride, int64_t count, int64_t D) {
-  for (int64_t d = 0; d < D; d += SIDE, squares += SQUARE)
-    for (int64_t i = 0; i < SIDE; i++) {
-      const __m512i x =
-          i < count ? _mm512_loadu_si512(rows + i * stride + d) : _mm512_setzero_si512();
-      _mm512_store_si512(squares + i * SIDE, x);
+  for (int64_t i = 0; i < SIDE; i++)
+    for (int64_t d = 0; d < D; d += SIDE)
+      _mm512_store_si512(squares + (d + i) * SIDE, load_row(rows + d, stride, i, count));
+}
+
+// The paired transpose [D / 2, 32, 2] of `count` strided rows, zero beyond them.
+void pair_transpose(bf16* paired, const bf16* rows, int64_t stride, int64_t count, int64_t D) {
+  for (int64_t i = 0; i < SIDE; i += 16)
+    for (int64_t d = 0; d < D; d += SIDE) {
+      __m512i x[16];
+      for (int64_t r = 0; r < 16; r++) x[r] = load_row(rows + d, stride, i + r, count);
+      transpose_16(x);
+      for (int64_t r = 0; r < 16; r++)
+        _mm512_store_si512(paired + (d + 2 * r) * SIDE + 2 * i, x[r]);
     }
 }
 
@@ -51,18 +70,15 @@ struct Pairs {
 // The column that element i of `low` is of.
 constexpr int64_t find_column(int64_t i) { return i / 4 * 8 + i % 4; }
 
-inline __m512i load_row(const bf16* rows, int64_t stride, int64_t i, int64_t count) {
-  return i < count ? _mm512_loadu_si512(rows + i * stride) : _mm512_setzero_si512();
-}
-
 // Panels beside each other, each the paired [total / 2, 32, 2] of 32 columns of `count` strided
 // rows, zero beyond them. Columns are in the order of `Pairs`, which `store_square` undoes.
 void pair_panels(
     bf16* panels, const bf16* rows, int64_t stride, int64_t count, int64_t total, int64_t D) {
   for (int64_t i = 0; i < total; i += 2)
     for (int64_t d = 0; d < D; d += SIDE) {
-      _mm_prefetch(rows + (i + AHEAD) * stride + d, _MM_HINT_T0);
-      _mm_prefetch(rows + (i + AHEAD + 1) * stride + d, _MM_HINT_T0);
+      const bf16* first = rows + i * stride + d;
+      _mm_prefetch(first + AHEAD * stride, _MM_HINT_T0);
+      _mm_prefetch(first + (AHEAD + 1) * stride, _MM_HINT_T0);
       const Pairs pairs(
           load_row(rows + d, stride, i, count), load_row(rows + d, stride, i + 1, count));
       bf16* paired = panels + d * total + i * SIDE;
@@ -97,7 +113,7 @@ inline __m512i round_row(const float* row) {
 
 void store_square(bf16* out, int64_t stride, const float* square, int64_t count) {
   const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
-  for (int64_t i = 0; i < count; i++)
+  for (int64_t i = 0; i < std::min(SIDE, count); i++)
     _mm512_storeu_si512(
         out + i * stride, _mm512_permutexvar_epi64(order, round_row(square + i * SIDE)));
 }
@@ -120,162 +136,117 @@ void store_transposed(bf16* out, int64_t stride, const float* square, int64_t co
   }
 }
 
-// ---------------------------------------------------------------- tasks
+// ---------------------------------------------------------------- products
 
-std::vector<Task> split(
-    const Tensor& counts, bool splits_rows, int64_t rows, int64_t columns, int64_t row_block,
-    int64_t column_block) {
+// Blocks of BLOCK rows of each group and WIDE columns of their product.
+std::vector<Task> split_rows(const Tensor& counts, int64_t F, int64_t E) {
   std::vector<Task> tasks;
   const int64_t* count = counts.const_data_ptr<int64_t>();
-  for (int64_t group = 0, begin = 0; group < counts.numel(); begin += count[group++]) {
-    const int64_t step = splits_rows ? BLOCK : std::max<int64_t>(count[group], 1);
-    const int64_t stop = splits_rows ? count[group] : step;
-    for (int64_t i = 0; i < stop; i += step)
-      for (int64_t row = 0; row < rows; row += row_block)
-        for (int64_t column = 0; column < columns; column += column_block)
-          tasks.push_back({group, begin + i, std::min(step, count[group] - i), row, column});
-  }
+  for (int64_t group = 0, begin = 0; group < counts.numel(); begin += count[group++])
+    for (int64_t m = 0; m < count[group]; m += BLOCK)
+      for (int64_t f = 0; f < F; f += WIDE)
+        for (int64_t e = 0; e < E; e += WIDE)
+          tasks.push_back({group, begin + m, std::min(BLOCK, count[group] - m), f, e});
   return tasks;
 }
 
+// Blocks of the matrix of each group.
+std::vector<Task> split_matrices(const Tensor& counts, int64_t F, int64_t E) {
+  std::vector<Task> tasks;
+  const int64_t* count = counts.const_data_ptr<int64_t>();
+  for (int64_t group = 0, begin = 0; group < counts.numel(); begin += count[group++])
+    for (int64_t f = 0; f < F; f += BLOCK)
+      for (int64_t e = 0; e < E; e += WIDE) tasks.push_back({group, begin, count[group], f, e});
+  return tasks;
+}
+
+// The block [rows, columns] of a task, summed over `depth` in pieces: load(a, b, k, n) returns the
+// left side and makes panels b of the right side, from k to k + n; store(i, j, square).
+template <typename Load, typename Store>
+void multiply(
+    Arena arena, int64_t rows, int64_t columns, int64_t depth, int64_t piece, const Load& load,
+    const Store& store) {
+  bf16 *a = arena.take<bf16>(BLOCK * BLOCK), *b = arena.take<bf16>(BLOCK * WIDE);
+  float* c = arena.take<float>(BLOCK * WIDE);
+  if (depth == 0) std::fill_n(c, rows * columns, 0.0f);
+  for (int64_t k = 0; k < depth; k += piece) {
+    const int64_t n = std::min(piece, depth - k);
+    const Left left = load(a, b, k, n);
+    for (int64_t i = 0; i < rows; i += SIDE)
+      for (int64_t j = 0; j < columns; j += SIDE)
+        multiply_square(
+            c + i * columns + j * SIDE, SIDE, left.data + i / SIDE * left.next, left.stride,
+            left.step, b + j * round_up(n), SIDE, round_up(n), k > 0);
+  }
+  for (int64_t i = 0; i < rows; i += SIDE)
+    for (int64_t j = 0; j < columns; j += SIDE) store(i, j, c + i * columns + j * SIDE);
+}
+
+constexpr int64_t BYTES = BLOCK * BLOCK * sizeof(bf16) + BLOCK * WIDE * (sizeof(bf16) + sizeof(float));
+
 Tensor grouped_matmul_fwd(const Tensor& x, const Tensor& weight, const Tensor& counts) {
   const int64_t F = weight.size(1), E = weight.size(2);
-  Tensor out = allocate({x.size(0), F}, x.options());
-  bf16* o = static_cast<bf16*>(out.data_ptr());
-  const auto tasks = split(counts, true, F, 1, 2 * BLOCK, 1);
-  const int64_t bytes = BLOCK * E * 2 + BLOCK * SIDE * 4 + SIDE * E * 2;
-  run_tasks(tasks.size(), bytes, [&](int64_t i, Arena arena) {
-    const Task& t = tasks[i];
-    const bf16 *rows = data_of(x) + t.begin * E, *w = data_of(weight) + t.group * F * E;
-    bf16 *panels = arena.take<bf16>(BLOCK * E), *padded = arena.take<bf16>(SIDE * E);
-    float* squares = arena.take<float>(BLOCK * SIDE);
-    const int64_t whole = round_down(t.count), total = round_up(t.count);
-    for (int64_t m = 0; m < whole; m += SIDE) pair_columns(panels + m * E, rows + m * E, SIDE, E);
-    if (whole < total) {
-      copy_rows(padded, rows + whole * E, E, t.count - whole, SIDE, E);
-      pair_columns(panels + whole * E, padded, SIDE, E);
-    }
-    for (int64_t f = t.row; f < std::min(F, t.row + 2 * BLOCK); f += SIDE) {
-      for (int64_t e = 0; e < E; e += BLOCK)
-        for (int64_t m = 0; m < total; m += SIDE)
-          multiply_square(
-              squares + m * SIDE, SIDE, w + f * E + e, E, SIDE, panels + m * E + e * SIDE, SIDE,
-              std::min(BLOCK, E - e), e > 0);
-      for (int64_t m = 0; m < total; m += SIDE)
-        store_transposed(
-            o + (t.begin + m) * F + f, F, squares + m * SIDE, std::min(SIDE, t.count - m));
-    }
+  const Tensor out = allocate({x.size(0), F}, x.options());
+  bf16* to = static_cast<bf16*>(out.data_ptr());
+  const auto tasks = split_rows(counts, F, 1);
+  run_tasks(tasks.size(), BYTES, [&](int64_t index, Arena arena) {
+    const Task t = tasks[index];
+    const bf16 *from = data_of(x) + t.begin * E, *w = data_of(weight) + (t.group * F + t.f) * E;
+    const auto load = [&](bf16*, bf16* b, int64_t k, int64_t n) {
+      for (int64_t m = 0; m < t.count; m += SIDE)
+        pair_transpose(b + m * n, from + m * E + k, E, t.count - m, n);
+      return Left{w + k, E, SIDE, SIDE * E};
+    };
+    const auto store = [&](int64_t f, int64_t m, const float* square) {
+      store_transposed(to + (t.begin + m) * F + t.f + f, F, square, t.count - m);
+    };
+    multiply(arena, std::min(WIDE, F - t.f), round_up(t.count), E, WIDE, load, store);
   });
   return out;
 }
 
-// c [rows, columns] (+)= squares a times panels b.
-void multiply(
-    float* c, const bf16* a, const bf16* b, int64_t rows, int64_t columns, int64_t depth,
-    bool adds) {
-  for (int64_t i = 0; i < rows; i += SIDE)
-    for (int64_t j = 0; j < columns; j += SIDE)
-      multiply_square(
-          c + i * columns + j * SIDE, SIDE, a + i * depth, SIDE, SQUARE, b + j * depth, SIDE,
-          depth, adds);
-}
-
 Tensor grouped_matmul_dx(const Tensor& dout, const Tensor& weight, const Tensor& counts) {
   const int64_t F = weight.size(1), E = weight.size(2);
-  Tensor dx = allocate({dout.size(0), E}, dout.options());
-  bf16* out = static_cast<bf16*>(dx.data_ptr());
-  const auto tasks = split(counts, true, 1, E, 1, COLUMNS);
-  run_tasks(tasks.size(), BLOCK * BLOCK * 2 + BLOCK * COLUMNS * 6, [&](int64_t i, Arena arena) {
-    const Task& t = tasks[i];
-    bf16 *a = arena.take<bf16>(BLOCK * BLOCK), *b = arena.take<bf16>(BLOCK * COLUMNS);
-    float* c = arena.take<float>(BLOCK * COLUMNS);
-    const int64_t columns = std::min(COLUMNS, E - t.column), total = round_up(t.count);
-    for (int64_t f = 0; f < F; f += BLOCK) {
-      const int64_t depth = std::min(BLOCK, F - f);
-      for (int64_t m = 0; m < total; m += SIDE)
-        copy_squares(
-            a + m * depth, data_of(dout) + (t.begin + m) * F + f, F, t.count - m, depth);
-      const bf16* w = data_of(weight) + (t.group * F + f) * E + t.column;
-      pair_panels(b, w, E, depth, depth, columns);
-      multiply(c, a, b, total, columns, depth, f > 0);
-    }
-    for (int64_t m = 0; m < total; m += SIDE)
-      for (int64_t e = 0; e < columns; e += SIDE)
-        store_square(
-            out + (t.begin + m) * E + t.column + e, E, c + m * columns + e * SIDE,
-            std::min(SIDE, t.count - m));
+  const Tensor dx = allocate({dout.size(0), E}, dout.options());
+  bf16* to = static_cast<bf16*>(dx.data_ptr());
+  const auto tasks = split_rows(counts, 1, E);
+  run_tasks(tasks.size(), BYTES, [&](int64_t index, Arena arena) {
+    const Task t = tasks[index];
+    const bf16 *from = data_of(dout) + t.begin * F, *w = data_of(weight) + t.group * F * E + t.e;
+    const int64_t columns = std::min(WIDE, E - t.e);
+    const auto load = [&](bf16* a, bf16* b, int64_t k, int64_t n) {
+      for (int64_t m = 0; m < t.count; m += SIDE)
+        copy_squares(a + m * n, from + m * F + k, F, t.count - m, n);
+      pair_panels(b, w + k * E, E, n, n, columns);
+      return Left{a, SIDE, SQUARE, SIDE * n};
+    };
+    const auto store = [&](int64_t m, int64_t e, const float* square) {
+      store_square(to + (t.begin + m) * E + t.e + e, E, square, t.count - m);
+    };
+    multiply(arena, round_up(t.count), columns, F, BLOCK, load, store);
   });
   return dx;
 }
 
 Tensor grouped_matmul_dweight(const Tensor& dout, const Tensor& x, const Tensor& counts) {
   const int64_t F = dout.size(1), E = x.size(1);
-  Tensor dweight = allocate({counts.numel(), F, E}, x.options());
-  bf16* out = static_cast<bf16*>(dweight.data_ptr());
-  const auto tasks = split(counts, false, F, E, BLOCK, COLUMNS);
-  run_tasks(tasks.size(), BLOCK * BLOCK * 2 + BLOCK * COLUMNS * 6, [&](int64_t i, Arena arena) {
-    const Task& t = tasks[i];
-    bf16 *a = arena.take<bf16>(BLOCK * BLOCK), *b = arena.take<bf16>(BLOCK * COLUMNS);
-    float* c = arena.take<float>(BLOCK * COLUMNS);
-    const int64_t rows = std::min(BLOCK, F - t.row), columns = std::min(COLUMNS, E - t.column);
-    for (int64_t m = 0; m < t.count || m == 0; m += BLOCK) {
-      const int64_t count = std::min(BLOCK, t.count - m), depth = std::max(SIDE, round_up(count));
-      const bf16* d = data_of(dout) + (t.begin + m) * F + t.row;
+  const Tensor dweight = allocate({counts.numel(), F, E}, x.options());
+  bf16* to = static_cast<bf16*>(dweight.data_ptr());
+  const auto tasks = split_matrices(counts, F, E);
+  run_tasks(tasks.size(), BYTES, [&](int64_t index, Arena arena) {
+    const Task t = tasks[index];
+    const int64_t rows = std::min(BLOCK, F - t.f), columns = std::min(WIDE, E - t.e);
+    const auto load = [&](bf16* a, bf16* b, int64_t k, int64_t n) {
+      const int64_t begin = t.begin + k, total = round_up(n);
       for (int64_t f = 0; f < rows; f += SIDE)
-        transpose_panel(a + f * depth, d + f, F, count, depth);
-      const bf16* r = data_of(x) + (t.begin + m) * E + t.column;
-      pair_panels(b, r, E, count, depth, columns);
-      multiply(c, a, b, rows, columns, depth, m > 0);
-    }
-    for (int64_t f = 0; f < rows; f += SIDE)
-      for (int64_t e = 0; e < columns; e += SIDE)
-        store_square(
-            out + (t.group * F + t.row + f) * E + t.column + e, E, c + f * columns + e * SIDE,
-            SIDE);
-  });
-  return dweight;
-}
-
-using at::native::TransposeType;
-using at::native::cpublas::gemm;
-const float* floats_of(const Tensor& x) { return x.const_data_ptr<float>(); }
-
-Tensor float_fwd(const Tensor& x, const Tensor& weight, const Tensor& counts) {
-  const int64_t F = weight.size(1), E = weight.size(2);
-  Tensor out = allocate({x.size(0), F}, x.options());
-  float* o = out.data_ptr<float>();
-  const auto tasks = split(counts, true, F, 1, COLUMNS, 1);
-  run_tasks(tasks.size(), [&](int64_t i) {
-    const Task& t = tasks[i];
-    gemm(TransposeType::Transpose, TransposeType::NoTranspose, std::min(COLUMNS, F - t.row), t.count, E, 1.0f,
-         floats_of(weight) + (t.group * F + t.row) * E, E, floats_of(x) + t.begin * E, E, 0.0f,
-         o + t.begin * F + t.row, F);
-  });
-  return out;
-}
-Tensor float_dx(const Tensor& dout, const Tensor& weight, const Tensor& counts) {
-  const int64_t F = weight.size(1), E = weight.size(2);
-  Tensor out = allocate({dout.size(0), E}, dout.options());
-  float* o = out.data_ptr<float>();
-  const auto tasks = split(counts, true, 1, E, 1, COLUMNS);
-  run_tasks(tasks.size(), [&](int64_t i) {
-    const Task& t = tasks[i];
-    gemm(TransposeType::NoTranspose, TransposeType::NoTranspose, std::min(COLUMNS, E - t.column), t.count, F, 1.0f,
-         floats_of(weight) + t.group * F * E + t.column, E, floats_of(dout) + t.begin * F, F, 0.0f,
-         o + t.begin * E + t.column, E);
-  });
-  return out;
-}
-Tensor float_dweight(const Tensor& dout, const Tensor& x, const Tensor& counts) {
-  const int64_t F = dout.size(1), E = x.size(1);
-  Tensor dweight = allocate({counts.numel(), F, E}, x.options());
-  float* o = dweight.data_ptr<float>();
-  const auto tasks = split(counts, false, F, E, BLOCK, COLUMNS);
-  run_tasks(tasks.size(), [&](int64_t i) {
-    const Task& t = tasks[i];
-    gemm(TransposeType::NoTranspose, TransposeType::Transpose, std::min(COLUMNS, E - t.column), std::min(BLOCK, F - t.row), t.count, 1.0f,
-         floats_of(x) + t.begin * E + t.column, E, floats_of(dout) + t.begin * F + t.row, F, 0.0f,
-         o + (t.group * F + t.row) * E + t.column, E);
+        transpose_panel(a + f * total, data_of(dout) + begin * F + t.f + f, F, n, total);
+      pair_panels(b, data_of(x) + begin * E + t.e, E, n, total, columns);
+      return Left{a, SIDE, SQUARE, SIDE * total};
+    };
+    const auto store = [&](int64_t f, int64_t e, const float* square) {
+      store_square(to + (t.group * F + t.f + f) * E + t.e + e, E, square, SIDE);
+    };
+    multiply(arena, rows, columns, t.count, BLOCK, load, store);
   });
   return dweight;
 }
@@ -283,9 +254,6 @@ Tensor float_dweight(const Tensor& dout, const Tensor& x, const Tensor& counts) 
 }  // namespace
 
 TORCH_LIBRARY(longaxon_moe, m) {
-  m.def("ffwd(Tensor x, Tensor weight, Tensor counts) -> Tensor", &float_fwd);
-  m.def("fdx(Tensor dout, Tensor weight, Tensor counts) -> Tensor", &float_dx);
-  m.def("fdweight(Tensor dout, Tensor x, Tensor counts) -> Tensor", &float_dweight);
   m.def("fwd(Tensor x, Tensor weight, Tensor counts) -> Tensor", &grouped_matmul_fwd);
   m.def("dx(Tensor dout, Tensor weight, Tensor counts) -> Tensor", &grouped_matmul_dx);
   m.def("dweight(Tensor dout, Tensor x, Tensor counts) -> Tensor", &grouped_matmul_dweight);

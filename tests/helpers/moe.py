@@ -4,9 +4,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from helpers.models import compose_config
 from torch.nn.functional import silu
 
-from conf.schema import FFNConfig, MoEConfig, OpsConfig, SpikeConfig
+from conf.schema import FFNConfig, ModelConfig, MoEConfig, OpsConfig, SpikeConfig
 from models.moe import MoE
 from parallel.pipeline import ModelPart
 from parallel.recompute import Recompute
@@ -36,13 +37,25 @@ def build_moe(
     part: ModelPart = WHOLE,
     recompute: Recompute = KEEP_ALL,
 ) -> MoE:
-    """Return a layer whose weights depend on the config alone, at a scale that tells terms apart."""
+    """Return a layer; its weights depend on the config alone and are large enough to matter."""
     ffn = FFNConfig(intermediate_size=intermediate_size, moe=config)
     spike = SpikeConfig(enabled=spiking, k=3.0)
     layer = MoE(ffn, size, spike, OpsConfig(), part, recompute)
     torch.manual_seed(0)
     layer.reset(0.3, 0.3)
     return layer
+
+
+def tiny_moe_config(*overrides: str) -> ModelConfig:
+    """Compose tiny_moe at 32 channels: a layer with a dense FFN and one with experts."""
+    mixers = ("linear", "window", "full")
+    heads = ("num_heads=4", "num_kv_heads=2", "head_dim=8")
+    return compose_config(
+        "model=tiny_moe", "model.hidden_size=32", "model.vocab_size=40", "model.num_layers=2",
+        "model.ffns.dense.intermediate_size=96", "model.ffns.moe.intermediate_size=96",
+        "model.num_sinks=2", "model.init_std=0.1",
+        *(f"model.mixers.{mixer}.{shape}" for mixer in mixers for shape in heads), *overrides,
+    ).model  # fmt: skip
 
 
 class Defined(NamedTuple):
@@ -71,8 +84,13 @@ def define_moe(
     num_sinks: int = 0,
     loss_scale: float = 0.0,
     spiking: bool = False,
+    num_rows: int | None = None,
 ) -> Defined:
-    """Compute a layer on tokens x [N, E] with its weights by name, as in its state."""
+    """Compute a layer on tokens x [N, E] with its weights by name, as in its state.
+
+    Args:
+        num_rows: tokens that the capacity is a multiple of; None: those of x.
+    """
     logits = (encode(x) if spiking and config.spiking_router else x) @ weights["router.weight"].T
     scores = logits.softmax(1) if config.score == "softmax" else 1 / (1 + (-logits).exp())
     keys = scores.detach() if bias is None else scores.detach() + bias
@@ -81,7 +99,7 @@ def define_moe(
     gates = scores.gather(1, experts)
     if config.normalize:
         gates = gates / gates.sum(1, keepdim=True)
-    is_dropped = find_dropped(experts, config)
+    is_dropped = find_dropped(experts, config, len(x) if num_rows is None else num_rows)
     out = torch.zeros_like(x)
     for g in range(config.num_experts):
         gate = (gates * ((experts == g) & ~is_dropped)).sum(1, keepdim=True)
@@ -115,12 +133,12 @@ def encode(x: torch.Tensor) -> torch.Tensor:
     return x + ((x / threshold).round() * threshold - x).detach()
 
 
-def find_dropped(experts: torch.Tensor, config: MoEConfig) -> torch.Tensor:
+def find_dropped(experts: torch.Tensor, config: MoEConfig, num_rows: int) -> torch.Tensor:
     """Go through the choices in token order; each expert takes so many."""
     is_dropped = torch.zeros_like(experts, dtype=torch.bool)
     if config.capacity is None:
         return is_dropped
-    capacity = math.ceil(config.capacity * experts.numel() / config.num_experts)
+    capacity = math.ceil(config.capacity * num_rows * config.top_k / config.num_experts)
     taken = [0] * config.num_experts
     for token, choices in enumerate(experts.tolist()):
         for slot, g in enumerate(choices):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.assertions import assert_close
-from helpers.models import OPS, build_model, tiny_model_config
+from helpers.models import OPS, build_model, compose_config, tiny_model_config
 
 from conf.schema import ModelConfig, SpikeConfig
 from models.causal_lm import CausalLM
@@ -186,3 +186,15 @@ def test_a_mixture_stays_a_mixture() -> None:
     old = build_model(config)
     new = tensors(convert(old, config, 0.01))
     assert all(torch.equal(new[name], tensor) for name, tensor in tensors(old).items())
+
+
+def test_76b_is_planned_from_a_dense_model_of_its_shape() -> None:
+    rows = ",".join(
+        6 * ["{mixers:[linear,window],ffn:dense}"] + ["{mixers:[linear,full],ffn:dense}"]
+    )
+    preset = "model=spikingbrain_76b"
+    new = on_meta(compose_config(preset).model)
+    old = on_meta(compose_config(preset, f"model.layers=[{rows}]").model)
+    recipes = plan_conversion(old, new, [Upcycling(1e-3, 0)])
+    assert recipes.keys() == tensors(new).keys()
+    assert sum(recipe.copies == 16 for recipe in recipes.values()) == 21 * 3

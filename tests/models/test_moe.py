@@ -1,14 +1,13 @@
 """Mixture-of-experts layers against their definition, and what routers remember."""
 
 import dataclasses
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from helpers.assertions import assert_close
-from helpers.models import one_rank_context
-from helpers.moe import E, G, build_moe, define_moe, moe_config
+from helpers.models import build_model, one_rank_context, random_batch
+from helpers.moe import E, G, build_moe, define_moe, moe_config, tiny_moe_config
 
 from conf.schema import MoEConfig
 from models.moe import MoE, Routing
@@ -128,7 +127,7 @@ def test_every_expert_computes_equally_many_rows_and_dropped_tokens_get_the_rest
 
 
 def send_all_to(layer: MoE, expert: int) -> None:
-    """Let every token choose one expert: all logits are 0 but one, which is positive."""
+    """Let every token choose one expert: all logits are 0, and a bias decides."""
     with torch.no_grad():
         layer.router.weight.zero_()
     layer.router.bias.zero_()
@@ -237,3 +236,19 @@ def test_recomputation_changes_no_number(
     assert torch.equal(routing.flatten(), other.flatten())
     if recompute.above is not None:
         assert routing.recomputed == 0 if config.capacity else routing.recomputed > 0
+
+
+@pytest.mark.parametrize("capacity", ["null", "0.5"])
+def test_decoding_goes_on_as_reading_would(capacity: str) -> None:
+    moe = "model.ffns.moe.moe"
+    config = tiny_moe_config(f"{moe}.capacity={capacity}", f"{moe}.top_k=2", "model.num_layers=4")
+    model = build_model(config).eval()
+    tokens = random_batch((12,), config.vocab_size).tokens
+    with torch.no_grad():
+        cache = model.new_cache()
+        logits = [model.prefill(tokens[:, :7], one_rank_context((7,)), cache)]
+        logits += [model.decode(tokens[:, t : t + 1], cache, t) for t in range(7, 12)]
+        for length, actual in enumerate(logits, 7):
+            context = one_rank_context((length,))
+            expected = model.prefill(tokens[:, :length], context, model.new_cache())
+            assert_close(f"logits after {length}", actual, expected, torch.float32)

@@ -20,8 +20,8 @@ MODEL = (
       for key in ("num_heads=6", "num_kv_heads=2", "head_dim=16")),
     "model.mixers.window.window_size=70", "model.num_layers=4",
     "data.global_batch_size=4", "data.micro_batch_size=1", "data.val_fraction=0.1",
-    "optim.schedule=constant", "evaluation.max_sequences=4", "checkpoint.every=1",
-    "checkpoint.keep=9",
+    "optim.schedule=constant", "optim.warmup_steps=0", "evaluation.max_sequences=4",
+    "checkpoint.every=1", "checkpoint.keep=9",
 )  # fmt: skip
 METRICS = (
     "loss", "grad_norm", "num_tokens", "val_loss", "val_bits_per_byte", "router_max_load",
@@ -112,6 +112,19 @@ def assert_same_moments(actual: Path, expected: Path, step: int = 1) -> None:
     for name in wanted:
         if name.startswith("exp_avg/") or ".router." in name:
             assert_close(name, tensors.get(name), wanted.get(name), torch.float32)
+
+
+def steer(checkpoint: Path, out: Path, experts: list[int]) -> Path:
+    """Copy a checkpoint such that tokens go to no experts but these; return the new one."""
+    tensors, step = load_tensors(checkpoint), 1
+    shard = {name: tensors.get(name) for name in tensors}
+    for name, tensor in shard.items():
+        if name.endswith("router.bias"):
+            tensor[experts] = 100.0
+    store = CheckpointStore(out, keep=1)
+    store.begin(step)
+    store.write_shard(step, 0, shard)
+    return store.commit(step, load_state(checkpoint))
 
 
 SOFTMAX = ("data.seq_len=333",)

@@ -17,9 +17,9 @@ MODEL = (
 
 REFUSED: dict[tuple[str, ...], str] = {
     # What is given: what the answer says. On Ray unless it says otherwise.
-    ("launcher=inline", "parallel.ring=2"): "parallel.ulysses=1 x parallel.ring=2 must divide the "
-    "1 ranks that launcher=inline gives; use launcher=ray launcher.num_workers=2 or "
-    "parallel.ring=1",
+    ("launcher=inline", "parallel.ring=2"): "parallel.pp=1 x parallel.ulysses=1 x parallel.ring=2 "
+    "must divide the 1 ranks that launcher=inline gives; use launcher=ray launcher.num_workers=2 "
+    "or parallel.ring=1",
     ("launcher.num_workers=3", "parallel.ring=2"): "must divide the 3 ranks that launcher=ray "
     "gives; use launcher.num_workers=2 or launcher.num_workers=4 or parallel.ring=3 or "
     "parallel.ulysses=3 parallel.ring=1",
@@ -33,8 +33,8 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("launcher.num_workers=4", "parallel=ulysses_ring"): "parallel.ulysses=2 x parallel.ring=4 "
     "must divide the 4 ranks that launcher=ray gives; use launcher.num_workers=8 or "
     "parallel.ulysses=1 or parallel.ring=2",
-    ("launcher.num_workers=4", "parallel.ring=2", "parallel.dp=4"): "parallel.dp=4 x 2 sequence "
-    "ranks must equal the 4 ranks that launcher=ray gives; use parallel.dp=2 or null",
+    ("launcher.num_workers=4", "parallel.ring=2", "parallel.dp=4"): "parallel.dp=4 x parallel.pp=1 "
+    "x 2 sequence ranks must equal the 4 ranks that launcher=ray gives; use parallel.dp=2 or null",
     ("launcher.num_workers=16", "parallel.ulysses=16"): "model.mixers.full: parallel.ulysses=16 "
     "would pad 6 query heads on 2 key heads to 16, more than twice as many; use "
     "parallel.ulysses=8 parallel.ring=2 or parallel.ulysses=4 parallel.ring=4",
@@ -50,12 +50,61 @@ REFUSED: dict[tuple[str, ...], str] = {
         "that parallel.ulysses=1 x parallel.ring=8 in parallel.layout=contiguous has; use "
         "data.seq_len=4 or parallel.ring=4 or parallel.ring=2"
     ),
+    ("launcher.num_workers=4", "parallel.pp=3"): "parallel.pp=3 x parallel.ulysses=1 x "
+    "parallel.ring=1 must divide the 4 ranks that launcher=ray gives; use launcher.num_workers=3 "
+    "or launcher.num_workers=6 or parallel.pp=2 or parallel.pp=1",
+    ("launcher.num_workers=4", "parallel.pp=2", "parallel.dp=4"): "parallel.dp=4 x parallel.pp=2 "
+    "x 1 sequence ranks must equal the 4 ranks that launcher=ray gives; use parallel.dp=2 or null",
+    ("launcher.num_workers=8", "parallel.pp=8"): "parallel.pp=8 exceeds model.num_layers=3, and "
+    "every stage needs a layer; use parallel.pp=2 or parallel.pp=1 or model.num_layers=8",
+    ("launcher.num_workers=8", "parallel.pp=8", "parallel.dp=1"): "every stage needs a layer; use "
+    "parallel.pp=2 parallel.dp=null or parallel.pp=1 parallel.dp=null or model.num_layers=8",
+    ("launcher.num_workers=4", "parallel.pp=2", "parallel.zero_stage=2"): "parallel.pp=2 needs "
+    "parallel.zero_stage of 1 at most and parallel.offload=none, not 2 and none; use "
+    "parallel.zero_stage=1 or parallel.pp=1",
+    ("launcher.num_workers=2", "parallel.pp=2", "parallel.zero_stage=3", "parallel.offload=all"): (
+        "not 3 and all; use parallel.zero_stage=1 parallel.offload=none or parallel.pp=1"
+    ),
+    ("parallel.zero_stage=1", "parallel.offload=all"): "parallel.offload=all needs "
+    "parallel.zero_stage of 3 at least, not 1; use parallel.zero_stage=3 or parallel.offload=none",
+    ("launcher.num_workers=6", "parallel.pp=2"): "data.global_batch_size=8 must be a multiple of "
+    "data.micro_batch_size=1 x 3 data ranks; use data.global_batch_size=6 or "
+    "data.global_batch_size=9",
+    ("parallel.ep=2", "launcher.num_workers=2"): "parallel.ep=2 needs a layer with experts, and "
+    "model.layers has none; use parallel.ep=1",
+    ("parallel.moe_recompute=layer",): "parallel.moe_recompute=layer needs a layer with experts, "
+    "and model.layers has none; use parallel.moe_recompute=none",
+    ("parallel.recompute_above=64",): "parallel.recompute_above=64 needs a layer with experts, and "
+    "model.layers has none; use parallel.recompute_above=null",
+    ("parallel.hot_experts=2",): "parallel.hot_experts=2 needs a layer with experts, and "
+    "model.layers has none; use parallel.hot_experts=0",
+    ("model=tiny_moe", "parallel.ep=2", "launcher.num_workers=1"): "parallel.ep=2 must divide model.ffns.moe.moe.num_experts="
+    "8 and the 1 ranks of a pipeline stage; use parallel.ep=1",
+    ("model=tiny_moe", "parallel.ep=3", "launcher.num_workers=12", "data.global_batch_size=12"): (
+        "model.ffns.moe.moe.num_experts=8 and the 12 ranks of a pipeline stage; use parallel.ep=4 "
+        "or parallel.ep=2"
+    ),
+    ("model=tiny_moe", "parallel.ep=8", "launcher.num_workers=8", "parallel.pp=2"): (
+        "num_experts=8 and the 4 ranks of a pipeline stage; use parallel.ep=4 or parallel.ep=2"
+    ),
+    ("model=tiny_moe", "parallel.ep=2", "launcher.num_workers=2", "parallel.zero_stage=3"): (
+        "parallel.ep=2 needs parallel.zero_stage of 2 at most, not 3; use parallel.zero_stage=2 or "
+        "parallel.ep=1"
+    ),
+    ("model=tiny_moe", "parallel.ep=2", "launcher.num_workers=2", "parallel.zero_stage=3",
+     "parallel.offload=all"): "use parallel.zero_stage=2 parallel.offload=optimizer or "
+    "parallel.ep=1",
+    ("model=tiny_moe", "parallel.hot_experts=1", "model.ffns.moe.moe.capacity=1.5"): (
+        "parallel.hot_experts=1 cannot be with model.ffns.moe.moe.capacity=1.5, which gives every "
+        "expert as many tokens; use parallel.hot_experts=0 or model.ffns.moe.moe.capacity=null"
+    ),
 }  # fmt: skip
 
 
 def compose(given: tuple[str, ...]) -> Config:
     batch = ("data.micro_batch_size=1", "launcher=ray")
-    return compose_config(*MODEL, *batch, *given)
+    model = ("dtype=float32",) if "model=tiny_moe" in given else MODEL
+    return compose_config(*model, *batch, *given)
 
 
 def check(config: Config) -> None:
@@ -85,9 +134,16 @@ def test_refused_with_remedies_that_work(given: tuple[str, ...]) -> None:
         ("launcher.num_workers=6", "parallel.ulysses=3", "parallel.dp=2"),
         ("launcher.num_workers=1", "parallel.layout=zigzag", "parallel.sync=barrier"),
         ("launcher.num_workers=4", "parallel=ring", "data.seq_len=4", "data.micro_batch_size=2"),
+        ("launcher.num_workers=6", "parallel.pp=3", "parallel.ring=2", "parallel.zero_stage=1"),
+        ("model=tiny_moe", "launcher.num_workers=8", "parallel.pp=2", "parallel.ep=4",
+         "parallel.ulysses=2", "parallel.dp=2"),
+        ("model=tiny_moe", "launcher.num_workers=2", "parallel.zero_stage=3",
+         "parallel.offload=all", "parallel.moe_recompute=layer", "parallel.recompute_above=64"),
+        ("model=tiny_moe", "launcher.num_workers=4", "parallel.ep=2", "parallel.hot_experts=2",
+         "parallel.zero_stage=2", "parallel.offload=optimizer"),
     ],
     ids=" ".join,
-)
+)  # fmt: skip
 def test_accepted(given: tuple[str, ...]) -> None:
     check(compose(given))
 

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 import pytest
 import torch
 from helpers.models import OPS, build_model, compose_config, tiny_model_config
+from helpers.moe import tiny_moe_config
 
 from conf.schema import SpikeConfig
 from models.causal_lm import CausalLM
+from models.moe import Routing
 from ops.linear_attention.torch_impl import CHUNK_SIZE
+from parallel.recompute import Recompute
 from trainer.flops import FlopCounter, measure_peak_flops, parameters_by_kind
 
 DOCUMENTS = [(1,), (4,), (5,), (6,), (100,), (1, 3, 50, 10)]
@@ -134,6 +137,56 @@ def test_forward_flops_of_spikingbrain_7b_per_token() -> None:
         "ffn": 3 * 28 * 2 * 3 * 3584 * 18944 * length,
         "head_and_loss": 3 * 2 * 3584 * 152064 * length,
     }
+
+
+MOE_E, EXPERT, EXPERTS = 32, 3 * 32 * 96, 8
+"""The shapes of tiny_moe_config."""
+SPARSE = ("model.ffns.moe.moe.top_k=3", "model.ffns.moe.moe.num_shared_experts=2")
+
+
+def test_only_active_experts_count() -> None:
+    model = build_model(tiny_moe_config(*SPARSE))
+    active = (3 + 2) * EXPERT + EXPERTS * MOE_E
+    flops = FlopCounter(model).training([70])
+    assert flops["moe"] == 3 * 2 * active * 70
+    assert flops["ffn"] == 3 * 2 * EXPERT * 70  # of its size
+    assert parameters_by_kind(model)["moe"] == (EXPERTS + 2) * EXPERT + EXPERTS * MOE_E
+    forward, _ = FlopCounter(model).layer_costs(70)
+    assert forward[1] - forward[0] == 2 * (active - EXPERT) * 70
+
+
+@pytest.mark.parametrize(
+    ("recompute", "routed", "shared", "router"),
+    [
+        (Recompute(), 3, 3, 3),
+        (Recompute(moe="activation"), 3, 3, 4),
+        (Recompute(moe="experts"), 4, 4, 4),
+        (Recompute(moe="layer"), 4, 4, 4),
+        (Recompute("selective", "experts"), 4, 4, 4),
+        (Recompute("full", "layer"), 4, 4, 4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("capacity", [None, 1.5])
+def test_hardware_flops_count_recomputed_and_padded_experts(
+    recompute: Recompute, routed: int, shared: int, router: int, capacity: float | None
+) -> None:
+    config = tiny_moe_config(*SPARSE, f"model.ffns.moe.moe.capacity={capacity or 'null'}")
+    model = CausalLM(config, SpikeConfig(enabled=False, k=3.0), OPS, recompute=recompute)
+    counter = FlopCounter(model)
+    weights = routed * 3 * EXPERT * (capacity or 1) + shared * 2 * EXPERT + router * EXPERTS * MOE_E
+    assert counter.training([70], hardware=True)["moe"] == 2 * weights * 70
+    assert counter.training([70]) == FlopCounter(build_model(tiny_moe_config(*SPARSE))).training(
+        [70]
+    )
+
+
+def test_experts_that_ran_again_for_their_many_rows_count() -> None:
+    counter = FlopCounter(build_model(tiny_moe_config("model.num_layers=3")))
+    routings = {f"layers.{i}.ffn.router": Routing.empty(EXPERTS) for i in (1, 2)}
+    assert counter.recomputed(routings) == 0
+    routings["layers.2.ffn.router"].recomputed += 5
+    assert counter.recomputed(routings) == 2 * EXPERT * 5
 
 
 @pytest.mark.parametrize("tied", ["true", "false"])

@@ -1,5 +1,6 @@
 """The memory of a computation: the most that it allocates at once, and what it leaves behind."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -19,17 +20,12 @@ def peak_allocated_bytes(compute: Callable[[], object], device: torch.device) ->
         compute()
         torch.accelerator.synchronize(device)
         return int(torch.accelerator.max_memory_allocated(device)) - int(before)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        compute()
-    assert profile.profiler is not None
-    assert profile.profiler.kineto_results is not None
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return max(_trace(compute), default=0)
+
+
+def held_bytes(compute: Callable[[], object]) -> int:
+    """Return the bytes of tensors on the CPU that live on with what `compute` returns."""
+    return (_trace(compute) or [0])[-1]
 
 
 def saved_bytes(compute: Callable[[], torch.Tensor], model: nn.Module | None = None) -> int:
@@ -49,3 +45,16 @@ def saved_bytes(compute: Callable[[], torch.Tensor], model: nn.Module | None = N
     with saved_tensors_hooks(pack, lambda x: x):
         compute()
     return sum(storage.nbytes() for place, storage in storages.items() if place not in own)
+
+
+def _trace(compute: Callable[[], object]) -> list[int]:
+    """Return the bytes of tensors alive after each allocation and release of `compute`."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = compute()
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    del result
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return list(itertools.accumulate(event.nbytes() for event in events))
