@@ -30,7 +30,7 @@ class Recipe:
 
 
 class Conversion(Protocol):
-    """Knows how one kind of part of a layer becomes another kind."""
+    """Knows how a part of a layer becomes one of another kind."""
 
     def recipes(self, name: str, old: Layer, new: Layer) -> dict[str, Recipe]:
         """Return the recipes of what it makes in this layer, by names as `<name>.ffn...`.
@@ -83,12 +83,12 @@ class Upcycling:
             f"{ffn}.router.load": Recipe((), partial(torch.full, (num_experts,), 1 / num_experts)),
             f"{ffn}.router.bias": Recipe((), partial(torch.zeros, num_experts)),
         }
-        # Shared experts are one wide SwiGLU, each a part of its inner channels.
         for projection in ("gate_proj", "up_proj", "down_proj"):
             source = (f"{ffn}.{projection}.weight",)
             one = partial(_tile, scale, (1, 1))
             made[f"{ffn}.experts.{projection}"] = Recipe(source, one, num_experts)
             if num_shared:
+                # They are one SwiGLU, of whose inner channels each is a part.
                 tiles = (1, num_shared) if projection == "down_proj" else (num_shared, 1)
                 shared = partial(_tile, scale, tiles)
                 made[f"{ffn}.shared.{projection}.weight"] = Recipe(source, shared)
@@ -126,8 +126,7 @@ def plan_conversion(
         for conversion in conversions if name in layers else ():
             made |= conversion.recipes(name, layers[name], layer)
     used = {source for recipe in made.values() for source in recipe.sources}
-    copied = {name: Recipe((name,), _same) for name in wanted if name in given}
-    recipes = {name: recipe for name, recipe in (copied | made).items() if name in wanted}
+    recipes = {name: Recipe((name,), _same) for name in wanted if name in given} | made
     problems = [f"missing: {name}" for name in wanted if name not in recipes]
     problems += [f"unexpected: {name}" for name in given if name not in wanted.keys() | used]
     for name, recipe in recipes.items():
@@ -137,9 +136,8 @@ def plan_conversion(
     problems += _changed_settings(old.config, new.config)
     if problems:
         raise ValueError(
-            "model: only the FFNs may differ from the run's model, dense ones that become mixtures "
-            "of experts as wide as they are; the others must stay as they are:\n  "
-            + "\n  ".join(problems)
+            "model differs from the run's by more than dense FFNs that become mixtures of experts "
+            "of their width; let it be the same in:\n  " + "\n  ".join(problems)
         )
     return recipes
 

@@ -224,7 +224,7 @@ def zero_traffic(
         once the step is applied; those that ZeRO 3 gathers layer by layer are not in it.
     """
     sizes = [size for group in groups for size in group]
-    if num_ranks == 1:
+    if num_ranks == 1 or not sizes:
         return Traffic()
     if zero_stage == 3:
         part = sum(-(-size // num_ranks) for size in sizes)

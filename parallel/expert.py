@@ -90,9 +90,10 @@ class Dispatch:
         rows = self._journey.finish(self._rows)
         local = len(self.counts)
         ids = torch.arange(len(self._sources), device=rows.device) % local
-        ids = ids.repeat_interleave(self._sources, output_size=len(rows))[:, None]
-        rows, self._arrival, _ = permute(rows, ids, local, impl=self._impl)
-        return rows
+        ids = ids.repeat_interleave(self._sources, output_size=len(rows))
+        self._arrival = ids.argsort(stable=True)
+        self._departure = self._arrival.argsort()
+        return take_rows(rows, self._arrival, self._departure)
 
     def combine(
         self, y: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None = None
@@ -104,8 +105,7 @@ class Dispatch:
             kept: rows computed from those of `kept`, where experts are copied.
         """
         if self._journey is not None:
-            ones = weights.new_ones(len(y), 1)
-            y = unpermute(y, self._arrival, ones, impl=self._impl)
+            y = take_rows(y, self._departure, self._arrival)
             back = self._journey.reverse()
             y = back.finish(back.start(y, "combine"))
         if kept is not None:
@@ -115,6 +115,21 @@ class Dispatch:
     def count_dropped(self, num_sinks: int) -> torch.Tensor | int:
         """Return the choices that found no place, those of the first `num_sinks` tokens aside."""
         return 0
+
+
+def take_rows(
+    x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor, *, has_gaps: bool = False
+) -> torch.Tensor:
+    """Return the rows x[index], of which none is kept for the backward pass.
+
+    Args:
+        x: [rows, E].
+        index: int64 [out rows]; where it is -1 the row is 0.
+        inverse: int64 [rows], where each row of x went; -1 for nowhere.
+        has_gaps: whether there is a -1.
+    """
+    out: torch.Tensor = _TakeRows.apply(x, index, inverse, has_gaps)
+    return out
 
 
 class Journey:
@@ -181,3 +196,25 @@ class _Finish(torch.autograd.Function):
         journey.home.name = {"dispatch": "combine", "combine": "dispatch"}[journey.name]
         journey.home.send(dout)
         return dout.new_zeros(1).expand(dout.shape), None
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor, has_gaps: bool
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.has_gaps = has_gaps
+        return _take(x, index, has_gaps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (inverse,) = ctx.saved_tensors
+        return _take(dout, inverse, ctx.has_gaps), None, None, None
+
+
+def _take(x: torch.Tensor, index: torch.Tensor, has_gaps: bool) -> torch.Tensor:
+    if not has_gaps:
+        return x[index]
+    return x[index.clamp_min(0)].masked_fill_((index < 0)[:, None], 0)

@@ -5,14 +5,11 @@ parts and need not tell each other how many rows come. What is dropped depends o
 spread over ranks and micro batches, and with it all numbers.
 """
 
-from typing import Any
-
 import torch
-from torch.autograd.function import once_differentiable
 
 from ops.moe import permute, unpermute
 from parallel.comm import Comm
-from parallel.expert import Dispatch, Journey
+from parallel.expert import Dispatch, Journey, take_rows
 
 
 class AlignedDispatch(Dispatch):
@@ -56,7 +53,7 @@ class AlignedDispatch(Dispatch):
         self.counts = self.sent[:local] * axis.size
         self._shape = axis.size, local, capacity, x.shape[1]
         self.kept, self.kept_counts = x[:0], chosen[:0]
-        self._rows: torch.Tensor = _Take.apply(rows, self._source, self._aligned)
+        self._rows = take_rows(rows, self._source, self._aligned, has_gaps=True)
         self._journey: Journey | None = None
         if axis.size > 1:
             even = [local * capacity] * axis.size
@@ -79,30 +76,9 @@ class AlignedDispatch(Dispatch):
             y = y.view(local, size, capacity, width).transpose(0, 1).flatten(0, 2)
             back = self._journey.reverse()
             y = back.finish(back.start(y, "combine"))
-        rows: torch.Tensor = _Take.apply(y, self._aligned, self._source)
+        rows = take_rows(y, self._aligned, self._source, has_gaps=True)
         return unpermute(rows, self._order, weights, impl=self._impl)
 
     def count_dropped(self, num_sinks: int) -> torch.Tensor:
         is_dropped = (self._aligned < 0) & (self._order >= num_sinks * self._width)
         return is_dropped.sum()
-
-
-class _Take(torch.autograd.Function):
-    """Return x[index], zero where the index is -1; `inverse` says where each row of x went."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(inverse)
-        return _take(x, index)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (inverse,) = ctx.saved_tensors
-        return _take(dout, inverse), None, None
-
-
-def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return x[index.clamp_min(0)].masked_fill_((index < 0)[:, None], 0)

@@ -39,7 +39,7 @@ class CheckpointTensors:
         shapes: of the whole tensors.
 
     Raises:
-        CheckpointDamaged: a tensor is in two shards, or rows of one are missing.
+        CheckpointDamaged: a tensor is in two shards, or rows of one are missing or of another size.
     """
 
     def __init__(self, shards: Iterable[Path]) -> None:
@@ -53,7 +53,7 @@ class CheckpointTensors:
             parts.sort(key=lambda part: part.rows.start)
             stop = 0
             for part in parts:
-                if part.rows.start != stop and len(parts) > 1 or part.rows.start > stop:
+                if part.rows.start != stop:
                     raise CheckpointDamaged(
                         f"{part.shard}: {part.key!r} does not go on where {name!r} stops, at row "
                         f"{stop}"
@@ -95,6 +95,8 @@ class CheckpointTensors:
         match = _ROWS.fullmatch(key)
         name = match[1] if match else key
         rows = Segment(int(match[2]), int(match[3])) if match else Segment(0, *shape[:1] or [1])
+        if match and [len(rows)] != shape[:1]:
+            raise CheckpointDamaged(f"{shard}: {key!r} has shape {shape}, not {len(rows)} rows")
         parts = self._parts.setdefault(name, [])
         for part in parts:
             if part.key == key or len(part.rows & rows):

@@ -189,8 +189,8 @@ class Trainer:
                 grad_norm, applied = self.engine.step(lr)
             with self.profiler.kind("communication"):
                 totals, spikes, routing = self._reduce(loss_sum, batches)
-                self._foresee_routing(batches, self.hot_experts.copied)
                 self.hot_experts.end_step()
+                self._foresee_routing(batches, self.hot_experts.copied)
             self.accelerator.synchronize()
         if applied:
             self.routers.balance(routing)

@@ -13,20 +13,28 @@ from parallel.expert import is_expert
 from parallel.layout import Segment
 from parallel.pipeline import ModelPart
 from trainer.checkpoint import load_tensors
-from trainer.checkpoint_tensors import CheckpointTensors, rows_name
+from trainer.checkpoint_tensors import CheckpointDamaged, CheckpointTensors, rows_name
 
 if TYPE_CHECKING:  # evaluation and generation do without DeepSpeed
     from parallel.engine import Engine
 
 
 def load_weights(model: CausalLM, checkpoint: Path) -> None:
-    """Read the parameters, and the state of routers."""
+    """Read the parameters, and the state of routers.
+
+    Raises:
+        CheckpointDamaged: one is missing, or is not as large as in the model.
+    """
     tensors = load_tensors(checkpoint)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(_read(tensors, f"model/{name}", parameter, model.part))
-        for name, buffer in model.named_buffers():
-            buffer.copy_(tensors.get(f"model/{name}"))
+        for name, mine in (*model.named_parameters(), *model.named_buffers()):
+            found = _read(tensors, f"model/{name}", mine, model.part)
+            if found.shape != mine.shape:  # which would be repeated where it has one row
+                raise CheckpointDamaged(
+                    f"{checkpoint}: {name!r} has shape {list(found.shape)} and not the model's "
+                    f"{list(mine.shape)}; use the model config of the run that wrote it"
+                )
+            mine.copy_(found)
 
 
 def load_moments(engine: "Engine", step: int, checkpoint: Path) -> None:
@@ -64,9 +72,10 @@ def own_shard(engine: "Engine") -> dict[str, torch.Tensor]:
 def _read(
     tensors: CheckpointTensors, name: str, parameter: torch.Tensor, part: ModelPart
 ) -> torch.Tensor:
-    if not is_expert(parameter):
+    if not is_expert(parameter) or name not in tensors.shapes:
         return tensors.get(name)
-    return tensors.get(name, _own_rows(len(parameter), part))
+    # Not by the parameter, of which ZeRO 3 has left nothing here.
+    return tensors.get(name, _own_rows(tensors.shapes[name][0] // part.ep_size, part))
 
 
 def _own_rows(count: int, part: ModelPart) -> Segment:

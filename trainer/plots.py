@@ -226,7 +226,7 @@ def expert_loads(layers: Sequence[dict[str, Any]]) -> str:
         axes.set_xlim(-0.6, width - 0.4)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_yticks(range(len(rows)), [f"layer {layer['layer']}" for layer in layers])
-        axes.xaxis.set_major_locator(MaxNLocator(min(width, 16), integer=True, min_n_ticks=1))
+        axes.set_xticks(range(0, width, -(-width // 32)))
         axes.set_xlabel("expert")
         axes.grid(visible=False)
 

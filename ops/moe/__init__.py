@@ -12,6 +12,13 @@ from ops.registry import FLOATS, Implementation, choose
 
 IMPLEMENTATIONS = (
     Implementation(
+        "cpp",
+        "ops.moe.cpp_impl",
+        ("cpu",),
+        (torch.bfloat16,),
+        requires="ops.cpp_build:explain_no_amx",
+    ),
+    Implementation(
         "triton",
         "ops.moe.triton_impl",
         ("cuda",),
@@ -21,6 +28,11 @@ IMPLEMENTATIONS = (
     ),
     Implementation("torch", "ops.moe.torch_impl", None, FLOATS),
     Implementation("reference", "ops.moe.reference", None, FLOATS),
+)
+# Only products have a kernel in C++: whoever pins cpp gets the rest of PyTorch, in every dtype.
+REST_IMPLEMENTATIONS = (
+    Implementation("cpp", "ops.moe.torch_impl", ("cpu",), FLOATS, on_request=("cpu",)),
+    *IMPLEMENTATIONS[1:],
 )
 
 
@@ -63,7 +75,7 @@ def route(
         raise ValueError(
             f"bias is {bias.dtype} {list(bias.shape)}; give float32 [{logits.shape[1]}]"
         )
-    weights, experts = choose("moe.route", IMPLEMENTATIONS, logits, impl)(
+    weights, experts = choose("moe.route", REST_IMPLEMENTATIONS, logits, impl)(
         logits, k, normalize, score, None if bias is None else bias.detach()
     )
     return weights, experts
@@ -100,7 +112,7 @@ def permute(
                 f"experts hold {outside[0].item()}; give 0 to {num_experts - 1}, or raise "
                 f"num_experts={num_experts}"
             )
-    sorted_x, order, counts = choose("moe.permute", IMPLEMENTATIONS, x, impl)(
+    sorted_x, order, counts = choose("moe.permute", REST_IMPLEMENTATIONS, x, impl)(
         x, experts, num_experts
     )
     return sorted_x, order, counts
@@ -131,7 +143,7 @@ def unpermute(
     _check_int64("order", order)
     if weights.dtype != torch.promote_types(y.dtype, torch.float32):
         raise ValueError(f"weights are {weights.dtype}; give float32, or float64 for float64 y")
-    out: torch.Tensor = choose("moe.unpermute", IMPLEMENTATIONS, y, impl)(y, order, weights)
+    out: torch.Tensor = choose("moe.unpermute", REST_IMPLEMENTATIONS, y, impl)(y, order, weights)
     return out
 
 

@@ -6,6 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
+from ops.moe.autograd import GroupedMatmul, Products
 from ops.moe.order import invert, sort_by_expert
 
 
@@ -46,7 +47,8 @@ def unpermute(y: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> to
 
 def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """See `ops.moe.grouped_matmul`."""
-    out: torch.Tensor = _GroupedMatmul.apply(x, weight, tuple(counts.tolist()))
+    products = Products(grouped_matmul_fwd, grouped_matmul_dx, grouped_matmul_dweight)
+    out: torch.Tensor = GroupedMatmul.apply(x, weight, tuple(counts.tolist()), products)
     return out
 
 
@@ -63,14 +65,21 @@ def unpermute_bwd(
 def grouped_matmul_fwd(
     x: torch.Tensor, weight: torch.Tensor, counts: tuple[int, ...]
 ) -> torch.Tensor:
-    """Return out [M, F]; with weight [G, E, F] transposed, the gradient of x as well."""
+    """Return out [M, F]."""
     out = x.new_empty(x.shape[0], weight.shape[1])
     for rows, matrix, part in zip(x.split(counts), weight, out.split(counts), strict=True):
         torch.mm(rows, matrix.mT, out=part)
     return out
 
 
-def grouped_matmul_bwd(
+def grouped_matmul_dx(
+    dout: torch.Tensor, weight: torch.Tensor, counts: tuple[int, ...]
+) -> torch.Tensor:
+    """Return dx [M, E]."""
+    return grouped_matmul_fwd(dout, weight.mT, counts)
+
+
+def grouped_matmul_dweight(
     dout: torch.Tensor, x: torch.Tensor, counts: tuple[int, ...]
 ) -> torch.Tensor:
     """Return dweight [G, F, E]."""
@@ -107,25 +116,6 @@ class _Unpermute(torch.autograd.Function):
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dy, dweights = unpermute_bwd(dout, *ctx.saved_tensors)
         return dy, None, dweights
-
-
-class _GroupedMatmul(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, counts: tuple[int, ...]
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.counts = counts
-        return grouped_matmul_fwd(x, weight, counts)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs_dx, needs_dweight, _ = ctx.needs_input_grad
-        dx = grouped_matmul_fwd(dout, weight.mT, ctx.counts) if needs_dx else None
-        dweight = grouped_matmul_bwd(dout, x, ctx.counts) if needs_dweight else None
-        return dx, dweight, None
 
 
 def _combine(y: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

@@ -4,13 +4,11 @@ A table made on the device says for each tile of rows which group it is of and w
 ends. As many tiles are launched as there can be; those that are too many find nothing to do.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
+from ops.moe.autograd import GroupedMatmul, Products
 from ops.triton_build import Build
 from ops.triton_runtime import Blocks, dot_dtype, find_blocks
 
@@ -40,7 +38,8 @@ SEARCH: dict[str, tuple[Blocks, ...]] = {
 
 def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """See `ops.moe.grouped_matmul`."""
-    out: torch.Tensor = _GroupedMatmul.apply(x.contiguous(), weight.contiguous(), counts)
+    products = Products(grouped_matmul_fwd, grouped_matmul_dx, grouped_matmul_dweight)
+    out: torch.Tensor = GroupedMatmul.apply(x.contiguous(), weight.contiguous(), counts, products)
     return out
 
 
@@ -89,7 +88,16 @@ def grouped_matmul_fwd(
     return out
 
 
-def grouped_matmul_bwd(dout: torch.Tensor, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def grouped_matmul_dx(
+    dout: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor
+) -> torch.Tensor:
+    """Return dx [M, E]."""
+    return grouped_matmul_fwd(dout, weight, counts, is_transposed=False)
+
+
+def grouped_matmul_dweight(
+    dout: torch.Tensor, x: torch.Tensor, counts: torch.Tensor
+) -> torch.Tensor:
     """Return dweight [G, F, E]."""
     dweight = x.new_empty(len(counts), dout.shape[1], x.shape[1])
     blocks = find_blocks("moe", _name("grouped_matmul_bwd", x), x.shape[1], x.device)
@@ -106,25 +114,6 @@ def grouped_matmul_bwd(dout: torch.Tensor, x: torch.Tensor, counts: torch.Tensor
         **blocks,
     )
     return dweight
-
-
-class _GroupedMatmul(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, counts)
-        return grouped_matmul_fwd(x, weight, counts)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, counts = ctx.saved_tensors
-        needs_dx, needs_dweight, _ = ctx.needs_input_grad
-        dout = dout.contiguous()
-        dx = grouped_matmul_fwd(dout, weight, counts, is_transposed=False) if needs_dx else None
-        dweight = grouped_matmul_bwd(dout, x, counts) if needs_dweight else None
-        return dx, dweight, None
 
 
 def _name(kernel: str, x: torch.Tensor) -> str:

@@ -148,6 +148,7 @@ def test_all_else_is_copied_and_routers_differ_by_layer_and_seed() -> None:
     first, second = (new.layers[name].ffn.router for name in "01")
     assert first.weight.std().item() == pytest.approx(0.01, rel=0.2)
     assert first.load.tolist() == pytest.approx([1 / 16] * 16)
+    assert first.bias.tolist() == [0] * 16
     assert not torch.equal(first.weight, second.weight)
     for seed, same in [(3, True), (4, False)]:
         again = convert(dense, mixed_config(PUBLISHED), 0.01, seed).layers["0"].ffn.router

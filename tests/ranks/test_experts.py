@@ -19,6 +19,7 @@ from parallel.mesh import World, init_mesh
 from parallel.pipeline import ModelPart
 from parallel.recompute import Recompute, run_recomputed
 from parallel.sequence import SequenceContext
+from trainer.bench.memory import held_bytes
 
 SINKS, TOKENS, LOSS_SCALE = 3, 41, 0.7
 DROPLESS = moe_config(num_experts=8, top_k=2, balance_loss=0.3, z_loss=0.02)
@@ -131,6 +132,31 @@ def check_levels(levels: list[dict[str, Any]], config: MoEConfig) -> None:
                 assert entry[0] == passes * entries[name][0], f"{level}: {name}"
         assert ("counts" in entries) == (config.capacity is None)
     assert max(recomputed) > 0
+
+
+def measure_kept(world: World, config: MoEConfig, recompute: Recompute) -> tuple[int, int]:
+    """Return the bytes that a forward pass leaves behind, and the rows that arrived here."""
+    mesh = init_mesh(world, torch.device("cpu"), "gloo", TIMEOUT_SECONDS, ep=world.world_size)
+    dist.barrier()
+    bounds = torch.tensor([0, 256], dtype=torch.int32)
+    context = SequenceContext(build_layout(bounds), OpsConfig(), Comm(mesh, Ledger()))
+    part = ModelPart(ep_rank=mesh.ep.index, ep_size=mesh.ep.size)
+    layer = build_moe(config, size=64, part=part, recompute=recompute)
+    arrived = []
+    layer.experts.register_forward_pre_hook(lambda _, args: arrived.append(len(args[0])))
+    x = torch.randn(1, 256, 64, requires_grad=True)
+    layer(x, context)
+    return held_bytes(lambda: layer(x, context)) - x.nbytes, arrived[0]
+
+
+@pytest.mark.parametrize("config", [DROPLESS, ALIGNED], ids=["dropless", "aligned"])
+def test_recomputed_experts_keep_rows_that_arrived_and_rows_that_came_back(
+    config: MoEConfig,
+) -> None:
+    for kept, arrived in run_ranks(2, measure_kept, config, Recompute(moe="experts")):
+        rows = (arrived + 2 * 256) * 64 * 4
+        # Beside them, where each row goes, on both ways.
+        assert rows <= kept <= rows + 8 * (3 * arrived + 6 * 256)
 
 
 def test_aligned_experts_send_even_parts() -> None:

@@ -1,9 +1,12 @@
 """Copies of hot experts change what is sent and nothing else."""
 
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import runs
 from helpers.assertions import assert_close
 from helpers.ranks import TIMEOUT_SECONDS, run_ranks
 
@@ -18,7 +21,7 @@ from parallel.pipeline import ModelPart
 from parallel.recompute import Recompute, run_recomputed
 from parallel.sequence import SequenceContext
 
-SIZE, INNER, TOKENS, MICRO_BATCHES, LAYER = 16, 6, 41, 3, "layers.0"
+SIZE, INNER, TOKENS, MICRO_BATCHES, LAYER = 16, 24, 41, 3, "layers.0"
 COPY = 3 * SIZE * INNER
 """Weights of an expert."""
 
@@ -168,3 +171,53 @@ def test_bytes_of_copies_replace_those_of_rows() -> None:
     assert [sent["dispatch"] + sent["combine"] for sent in after] == [0] * 4
     # One sends its weights to three and gets a gradient from each.
     assert [sent["expert_copy"] for sent in after] == [4 * COPY, 12 * COPY, 4 * COPY, 4 * COPY]
+    busiest = [max(sum(sent.values()) for sent in step) for step in (before, after)]
+    assert busiest[0] > 2 * busiest[1]
+
+
+MIXERS = ("linear", "window", "full")
+MODEL = (
+    "model=tiny_moe", "model.hidden_size=48", "model.ffns.dense.intermediate_size=64",
+    "model.ffns.moe.intermediate_size=32", "model.num_sinks=4", "model.num_layers=4",
+    *(f"model.mixers.{mixer}.{key}" for mixer in MIXERS
+      for key in ("num_heads=2", "num_kv_heads=1", "head_dim=16")),
+    "model.mixers.window.window_size=24", "data.seq_len=96", "data.global_batch_size=8",
+    "data.micro_batch_size=1", "evaluation.max_sequences=4", "evaluation.every=1",
+)  # fmt: skip
+LAYOUTS = [
+    (2, "ep=2", "zero_stage=0", "recompute=full"),
+    (4, "ep=2", "zero_stage=1", "ulysses=2"),
+    (4, "ep=4", "zero_stage=2", "ring=2", "layout=zigzag"),
+    (4, "ep=2", "zero_stage=1", "pp=2", "recompute=selective"),
+]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one rank, whose folder takes the others."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs.run(train(folder, "one"), folder)
+    return folder / "one"
+
+
+def train(folder: Path, name: str, *overrides: str) -> list[str]:
+    """Return the arguments of a run in folder/name; initial weights make the load uneven."""
+    arguments = runs.tiny(folder, *MODEL, f"run.dir={name}", *overrides)
+    return [a for a in arguments if "gate_rank" not in a]  # these gates are the keys
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"),
+    [(num_ranks, layout) for num_ranks, *layout in LAYOUTS],
+    ids=["-".join(layout).replace("=", "") for _, *layout in LAYOUTS],
+)
+def test_run_with_copies_equals_one_rank(one_rank: Path, num_ranks: int, layout: list[str]) -> None:
+    folder, name = one_rank.parent, "-".join(layout).replace("=", "")
+    overrides = [f"parallel.{override}" for override in (*layout, "hot_experts=4")]
+    arguments = train(folder, name, *overrides)
+    runs.run_ranks(arguments, folder, faults=(None,) * num_ranks)
+    for key in ("loss", "grad_norm", "val_loss", "router_max_load"):
+        expected = runs.column(one_rank, key)
+        assert runs.column(folder / name, key) == pytest.approx(expected, rel=1e-6), key
+    comm = json.loads((folder / name / "comm.json").read_text())
+    assert comm["ep"]["expert_copy"]["all_ranks"]["bytes"] > 0

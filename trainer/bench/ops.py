@@ -4,6 +4,7 @@ Times are of forward and backward together, sides in turn, medians. A peer of qu
 timed up to `max_peer_seq_len`.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -244,19 +245,22 @@ def _bench_short_conv(bench: OpBench) -> Iterator[Row]:
 
 
 def _bench_moe(bench: OpBench) -> Iterator[Row]:
-    counts = torch.tensor([0, 1, 700, 64, 900, 383], device=bench.device)
-    x = bench.draw(int(counts.sum()), 896)
-    weight = bench.draw(len(counts), 2048, 896)
-    dout = bench.draw(len(x), 2048, grad=False)
-    lengths = counts.tolist()
+    """Yield 16 experts, from one without a token to one with twice the mean, beside a loop."""
 
-    def plain(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        parts = x.split(lengths)
-        return torch.cat([part @ w[i].mT for i, part in enumerate(parts)])
+    def loop(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        # unbind, since the gradient of weight[i] would be as large as weight itself.
+        pairs = zip(x.split(lengths), weight.unbind(), strict=True)
+        return torch.cat([F.linear(rows, matrix) for rows, matrix in pairs])
 
-    ours = _step(lambda x, w: grouped_matmul(x, w, counts), [x, weight], dout)
-    peer = _step(plain, [x, weight], dout)
-    yield bench.compare("grouped_matmul 2048x896x2048, 6 experts", ours, peer, "a product each")
+    for tokens, (E, size) in itertools.product((64, 1024), ((256, 704), (1024, 1408))):
+        counts = torch.arange(16, device=bench.device) * 2 * tokens // 15
+        lengths = counts.tolist()
+        x, weight = bench.draw(sum(lengths), E), bench.draw(16, size, E)
+        dout = bench.draw(len(x), size, grad=False)
+        ours = _step(lambda x, w, counts=counts: grouped_matmul(x, w, counts), [x, weight], dout)
+        peer = _step(loop, [x, weight], dout)
+        case = f"grouped_matmul {E}x{size}, 16 experts of {tokens} tokens"
+        yield bench.compare(case, ours, peer, "a loop over experts")
 
 
 SUITES: dict[str, Callable[[OpBench], Iterator[Row]]] = {
