@@ -175,8 +175,10 @@ def grouped_matmul(
     if counts.shape != weight.shape[:1]:
         raise ValueError(f"counts have shape {list(counts.shape)}; give [{weight.shape[0]}]")
     _check_int64("counts", counts)
-    if counts.device.type == "cpu" and (counts.sum() != len(x) or (counts < 0).any()):
-        raise ValueError(f"counts={counts.tolist()} must not be negative and sum to {len(x)} rows")
+    if counts.device.type == "cpu":
+        lengths = counts.tolist()
+        if sum(lengths) != len(x) or min(lengths, default=0) < 0:
+            raise ValueError(f"counts={lengths} must not be negative and sum to {len(x)} rows")
     function = choose("moe.grouped_matmul", IMPLEMENTATIONS, x, impl)
     out: torch.Tensor = function(x, weight, counts)
     return out

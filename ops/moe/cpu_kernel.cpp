@@ -168,18 +168,19 @@ void multiply(
     const Store& store) {
   bf16 *a = arena.take<bf16>(BLOCK * BLOCK), *b = arena.take<bf16>(BLOCK * WIDE);
   float* c = arena.take<float>(BLOCK * WIDE);
-  if (depth == 0) std::fill_n(c, rows * columns, 0.0f);
-  for (int64_t k = 0; k < depth; k += piece) {
+  for (int64_t k = 0; k < depth || k == 0; k += piece) {
     const int64_t n = std::min(piece, depth - k);
     const Left left = load(a, b, k, n);
     for (int64_t i = 0; i < rows; i += SIDE)
-      for (int64_t j = 0; j < columns; j += SIDE)
+      for (int64_t j = 0; j < columns; j += SIDE) {
+        // A sum of one piece needs no place to wait in.
+        float* square = depth > piece ? c + i * columns + j * SIDE : c;
         multiply_square(
-            c + i * columns + j * SIDE, SIDE, left.data + i / SIDE * left.next, left.stride,
-            left.step, b + j * round_up(n), SIDE, round_up(n), k > 0);
+            square, SIDE, left.data + i / SIDE * left.next, left.stride, left.step,
+            b + j * round_up(n), SIDE, round_up(n), k > 0);
+        if (k + piece >= depth) store(i, j, square);
+      }
   }
-  for (int64_t i = 0; i < rows; i += SIDE)
-    for (int64_t j = 0; j < columns; j += SIDE) store(i, j, c + i * columns + j * SIDE);
 }
 
 constexpr int64_t BYTES = BLOCK * BLOCK * sizeof(bf16) + BLOCK * WIDE * (sizeof(bf16) + sizeof(float));
