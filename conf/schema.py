@@ -119,8 +119,9 @@ class MoEConfig:
     bias_rate: NonNegativeFloat
     """By how much a bias on the choice of an expert moves per step against its load; 0: none."""
     capacity: PositiveFloat | None
-    """Length alignment: every expert computes this many times the mean of tokens, missing ones
-    are padding and surplus ones are dropped; null: as many as come, none is dropped."""
+    """Length alignment in training: of each rank every expert computes this many times the mean of
+    tokens, missing ones are padding and surplus ones are dropped, so that numbers depend on how
+    tokens are spread over ranks; null: as many as come, none is dropped."""
     spiking_router: bool
     """Whether spike.enabled holds for the router's input as well."""
 
@@ -239,7 +240,8 @@ class ParallelConfig:
     """The same inside MoE layers: the activation and the router; the experts too, routed and
     shared; the whole MoE layer, dispatch and combine included."""
     recompute_above: PositiveInt | None = None
-    """A routed expert that receives more tokens than this in a micro batch is recomputed."""
+    """A routed expert that receives more tokens than this in a micro batch is recomputed, where
+    nothing else has it so; null: none."""
     hot_experts: NonNegativeInt = 0
     """Most experts per layer of which a rank keeps a copy, where that saves bytes; 0: none."""
     timeout_seconds: PositiveFloat

@@ -87,7 +87,6 @@ class Router(nn.Module):
         self.register_buffer("load", torch.full((size,), 1 / size))
         self.register_buffer("bias", torch.zeros(size))
         self.routing: Routing | None = None
-        self.demand: torch.Tensor | None = None
 
     def forward(
         self, x: torch.Tensor, *, num_sinks: int = 0, loss_scale: float = 0.0
@@ -109,9 +108,6 @@ class Router(nn.Module):
             bias=self.bias if config.bias_rate else None,
             impl=self.impl,
         )
-        if not is_backward():
-            rows = experts.flatten().bincount(minlength=config.num_experts)
-            self.demand = rows if self.demand is None else self.demand + rows
         if not self.training:
             return weights, experts
         tokens = logits[num_sinks:]
@@ -130,12 +126,6 @@ class Router(nn.Module):
         routing = self.routing or Routing.empty(self.config.num_experts, self.load.device)
         self.routing = None
         return routing
-
-    def take_demand(self) -> torch.Tensor:
-        """Return int64 [num_experts], rows for each expert since the last call, sinks included."""
-        demand, self.demand = self.demand, None
-        size, device = self.config.num_experts, self.load.device
-        return torch.zeros(size, dtype=torch.int64, device=device) if demand is None else demand
 
     def note(self, dropped: torch.Tensor | int, recomputed: torch.Tensor | int) -> None:
         """Take what became of the choices of a micro batch, for `routing`."""
@@ -230,7 +220,7 @@ class Experts(nn.Module):
     def count_recomputed(self, counts: torch.Tensor) -> torch.Tensor | int:
         """Return how many rows run again because their expert has many."""
         above = self.recompute.above
-        return 0 if above is None else counts[counts > above].sum()
+        return 0 if above is None else (counts * (counts > above)).sum()
 
     def _compute(
         self,
@@ -299,9 +289,10 @@ class MoE(FFN):
             when=level != "none",
         )
         dispatch = self._dispatch(rows, experts, comm, context, lent.copied)
-        hot.count(comm.layer, dispatch.sent)
+        hot.count(comm.layer, experts.flatten().bincount(minlength=self.config.num_experts))
         if self.training and not is_backward():
-            recomputed = self.experts.count_recomputed(dispatch.counts)
+            counts = torch.cat([dispatch.counts, dispatch.kept_counts])
+            recomputed = self.experts.count_recomputed(counts)
             self.router.note(dispatch.count_dropped(num_sinks), recomputed)
         again = level == "experts"
         # While the rows travel.

@@ -12,6 +12,7 @@ from models.moe import MoE
 from parallel.comm import Comm
 from parallel.cost import Key, SequenceCost, Traffic, expert_traffic, zero_traffic
 from parallel.expert import is_expert
+from parallel.hot_experts import HotExperts
 from parallel.layout import SequenceLayout
 
 
@@ -46,17 +47,29 @@ class Forecast:
             ]
         layers = [layer for _, layer in model.named_layers()]
         self._mixers = [m for layer in layers for _, m in layer.mixer.named_branches()]
-        self._moe = [layer.ffn for layer in layers if isinstance(layer.ffn, MoE)]
+        moe = [layer.ffn for layer in layers if isinstance(layer.ffn, MoE)]
+        self._moe = [(ffn, ffn.expert_weights()) for ffn in moe if comm.mesh.ep.size > 1]
         self._last: tuple[SequenceLayout, dict[str, Traffic]] | None = None
 
-    def add_step(self, micro_batches: int, *, applied: bool) -> None:
-        """Predict the sums of the gradients and, if the step was applied, the new parameters."""
+    def add_step(
+        self, layouts: Sequence[SequenceLayout], experts: HotExperts, *, applied: bool
+    ) -> None:
+        """Predict a step, with the new parameters only if it was applied.
+
+        Args:
+            layouts: of the micro batches.
+            experts: what the step has asked of them, and their copies.
+        """
+        for layout in layouts:
+            self._add_pass("forward", layout)
+            self._add_pass("backward", layout)
+        self._add_experts(layouts, experts, is_step=True)
         for is_shared, axis in ((False, self._mesh.stage), (True, self._mesh.edp)):
             traffic = zero_traffic(
                 self._groups[is_shared],
                 num_ranks=axis.size,
                 zero_stage=self._parallel.zero_stage,
-                micro_batches=micro_batches,
+                micro_batches=len(layouts),
                 axis=axis.name,
             )
             self._enter(traffic.backward, "gradients")
@@ -66,62 +79,56 @@ class Forecast:
             # Two stages sum the gradients of the embedding that each of them has.
             self._ledger.predict("pp", "all_reduce", "gradients", 4 * self._tied)
 
-    def add_pass(self, direction: Literal["forward", "backward"], layout: SequenceLayout) -> None:
+    def add_evaluation(self, layouts: Sequence[SequenceLayout], experts: HotExperts) -> None:
+        """Predict the passes of an evaluation.
+
+        Args:
+            layouts: of the micro batches.
+            experts: what they have asked of them.
+        """
+        for layout in layouts:
+            self._add_pass("forward", layout)
+        self._add_experts(layouts, experts, is_step=False)
+
+    def _add_pass(self, direction: Literal["forward", "backward"], layout: SequenceLayout) -> None:
         """Predict one pass over the tokens of a layout, but for what depends on the routers."""
         if self._last is None or self._last[0] != layout:
             # The backward pass follows the forward pass of the same micro batch.
             self._last = (layout, self._by_kind(layout))
         for kind, traffic in self._last[1].items():
-            for (axis, collective), num_bytes in getattr(traffic, direction).items():
-                self._ledger.predict(axis, collective, kind, num_bytes)
-                if self._parallel.sync == "barrier":
-                    self._ledger.predict(axis, "barrier", kind, 0)
+            self._enter(getattr(traffic, direction), kind)
+            for axis, _ in getattr(traffic, direction) if self._parallel.sync == "barrier" else ():
+                self._ledger.predict(axis, "barrier", kind, 0)
         is_forward, pp = direction == "forward", self._mesh.pp
         if pp.index != (pp.size - 1 if is_forward else 0):
             rows = self._num_sinks + layout.num_tokens
             kind = "activations" if is_forward else "gradients"
             self._ledger.predict("pp", "send", kind, rows * self._row_bytes)
 
-    def add_routing(
-        self,
-        demand: torch.Tensor | None,
-        layouts: Sequence[SequenceLayout],
-        *,
-        copied: torch.Tensor | None = None,
+    def _add_experts(
+        self, layouts: Sequence[SequenceLayout], experts: HotExperts, *, is_step: bool
     ) -> None:
-        """Predict what the MoE layers send in a step, or in an evaluation, which copies nothing.
-
-        Args:
-            demand: int64 [P, MoE layers, num_experts], rows of each rank for each expert; None
-                where one rank has all experts.
-            layouts: of the micro batches.
-            copied: bool, as `demand`, the copies of experts in a step; None: an evaluation.
-        """
-        if demand is None:
-            return
-        for i, ffn in enumerate(self._moe):
-            traffic = self._moe_traffic(
-                ffn, demand[:, i], layouts, None if copied is None else copied[:, i]
-            )
+        """Predict what the MoE layers send; an evaluation has no backward pass and no copies."""
+        for i, (ffn, weights) in enumerate(self._moe):
+            copied = experts.copied[:, i] if is_step else None
+            demand = experts.rows[:, i, : ffn.config.num_experts]
+            traffic = self._moe_traffic(ffn.config, weights, demand, layouts, copied)
             self._enter(traffic.forward, ffn.kind)
-            if copied is not None:
+            if is_step:
                 self._enter(traffic.backward, ffn.kind)
-        num_bytes = (self._mesh.ep.size - 1) * demand[0].numel() * demand.itemsize
-        self._ledger.predict("ep", "all_gather", "demand", num_bytes)
 
     def _moe_traffic(
         self,
-        ffn: MoE,
+        config: MoEConfig,
+        weights: int,
         demand: torch.Tensor,
         layouts: Sequence[SequenceLayout],
         copied: torch.Tensor | None,
     ) -> Traffic:
-        parallel, config = self._parallel, ffn.config
-        demand, passes = demand[:, : config.num_experts], len(layouts)
+        parallel, passes = self._parallel, len(layouts)
         if config.capacity is not None and copied is not None:
             # Every rank sends as many rows for every expert, which none needs to be told.
             demand, passes = torch.full_like(demand, self._aligned_rows(config, layouts)), 0
-        size = ffn.expert_weights()
         return expert_traffic(
             demand.tolist(),
             self._mesh.ep.index,
@@ -129,15 +136,15 @@ class Forecast:
             passes=passes,
             recompute=parallel.recompute != "none" or parallel.moe_recompute == "layer",
             copied=None if copied is None else copied.tolist(),
-            expert_bytes=(size * self._itemsize, size * 4),
+            expert_bytes=(weights * self._itemsize, weights * 4),
         )
 
     def _aligned_rows(self, config: MoEConfig, layouts: Sequence[SequenceLayout]) -> int:
         """Return the rows of a rank for one expert, where length alignment makes them even."""
         assert config.capacity is not None, "there is a length to align to"
-        share = config.capacity * config.top_k / config.num_experts
-        rows = [self._num_sinks + max(map(x.count, range(x.sp_size))) for x in layouts]
-        return sum(math.ceil(share * n) for n in rows)
+        longest = [self._num_sinks + max(map(x.count, range(x.sp_size))) for x in layouts]
+        choices = [config.capacity * rows * config.top_k for rows in longest]
+        return sum(math.ceil(n / config.num_experts) for n in choices)
 
     def _enter(self, sizes: Mapping[Key, int], kind: str) -> None:
         for (axis, collective), num_bytes in sizes.items():

@@ -26,7 +26,6 @@ from parallel.sequence import SequenceContext
 from trainer.accelerator import Accelerator
 from trainer.checkpoint import CheckpointStore, CheckpointWriteError, load_state, resolve
 from trainer.data import Batch, TokenDataset, micro_batches, prepare, validation_batches
-from trainer.demand import ExpertDemand
 from trainer.flops import FlopCounter, active_parameters, measure_peak_flops, parameters_by_kind
 from trainer.forecast import Forecast
 from trainer.model_state import load_moments, load_weights, own_shard
@@ -111,24 +110,27 @@ class Trainer:
         )
         self.spikes = SpikeStatistics(whole, model)
         self.routers = RouterStatistics(whole, model)
-        self.demand = ExpertDemand(model, self.comm)
         self.profiler.watch(model)
         optimizer = build_optimizer(model, config.optim)
         self.forecast = Forecast(
             model, optimizer, parallel=config.parallel, dtype=self.dtype, comm=self.comm
         )
         grad_accum_steps = data.global_batch_size // (data.micro_batch_size * mesh.dp_size)
-        self.hot_experts = HotExperts(
-            {
-                name: layer.ffn.experts.weights
-                for name, layer in model.named_layers()
-                if isinstance(layer.ffn, MoE)
-            },
-            hidden_size=config.model.hidden_size,
-            dtype=self.dtype,
-            max_copies=config.parallel.hot_experts,
-            micro_batches=grad_accum_steps,
-            comm=self.comm,
+        # An evaluation counts the rows for each expert as well, and copies none.
+        self.hot_experts, self.counted_experts = (
+            HotExperts(
+                {
+                    name: layer.ffn.experts.weights
+                    for name, layer in model.named_layers()
+                    if isinstance(layer.ffn, MoE)
+                },
+                hidden_size=config.model.hidden_size,
+                dtype=self.dtype,
+                max_copies=max_copies,
+                micro_batches=grad_accum_steps,
+                comm=self.comm,
+            )
+            for max_copies in (config.parallel.hot_experts, 0)
         )
         build_engine = Engine if mesh.pp.size == 1 else PipelinedEngine
         self.engine = build_engine(
@@ -190,7 +192,6 @@ class Trainer:
             with self.profiler.kind("communication"):
                 totals, spikes, routing = self._reduce(loss_sum, batches)
                 self.hot_experts.end_step()
-                self._foresee_routing(batches, self.hot_experts.copied)
             self.accelerator.synchronize()
         if applied:
             self.routers.balance(routing)
@@ -198,7 +199,8 @@ class Trainer:
         state.num_tokens += int(totals["tokens"])
         state.optimizer_steps += applied
         state.nonfinite_in_row = 0 if applied else state.nonfinite_in_row + 1
-        self.forecast.add_step(len(batches), applied=applied)
+        layouts = [self._layout(batch) for batch in batches]
+        self.forecast.add_step(layouts, self.hot_experts, applied=applied)
         loss = totals["loss"] / num_tokens
         record: dict[str, Any] = {
             "step": state.step,
@@ -230,10 +232,11 @@ class Trainer:
             self.mesh.dp_rank,
             self.mesh.dp_size,
         )
-        loss_sum, num_valid = self.engine.evaluate([self._shard(batch) for batch in batches])
-        for batch in batches:
-            self.forecast.add_pass("forward", self._layout(batch))
-        self._foresee_routing(batches)
+        loss_sum, num_valid = self.engine.evaluate(
+            [self._shard(batch, self.counted_experts) for batch in batches]
+        )
+        self.counted_experts.end_step()
+        self.forecast.add_evaluation([self._layout(b) for b in batches], self.counted_experts)
         num_bytes = sum(b.num_bytes for b in self._counted(batches))
         sums = torch.stack([loss_sum, num_valid, loss_sum.new_tensor(num_bytes)])
         loss, tokens, num_bytes = self._sum(sums).tolist()
@@ -305,7 +308,7 @@ class Trainer:
             dp_size=self.mesh.dp_size,
         )
 
-    def _shard(self, batch: Batch, hot_experts: HotExperts | None = None) -> MicroBatch:
+    def _shard(self, batch: Batch, hot_experts: HotExperts) -> MicroBatch:
         """Return this rank's tokens of a batch, and who has the others."""
         device, data, layout = self.mesh.device, self.config.data, self._layout(batch)
         context = SequenceContext(
@@ -314,15 +317,10 @@ class Trainer:
             self.comm,
             self.config.parallel.linear,
             aux_loss_scale=self.mesh.stage.size / (data.global_batch_size * data.seq_len),
-            hot_experts=hot_experts or HotExperts(),
+            hot_experts=hot_experts,
         )
         tokens, labels = layout.shard(batch.tokens), layout.shard(batch.labels)
         return MicroBatch(tokens.to(device), labels.to(device), context)
-
-    def _foresee_routing(self, batches: list[Batch], copied: torch.Tensor | None = None) -> None:
-        """Predict what experts cost a step, with these of them copied, or an evaluation."""
-        layouts = [self._layout(batch) for batch in batches]
-        self.forecast.add_routing(self.demand.take(), layouts, copied=copied)
 
     def _layout(self, batch: Batch) -> SequenceLayout:
         parallel = self.config.parallel
@@ -357,9 +355,6 @@ class Trainer:
         scale = self.mesh.stage.size / num_tokens
         shards = [self._shard(batch, self.hot_experts) for batch in batches]
         loss_sum = self.engine.accumulate(shards, scale)
-        for batch in batches:
-            self.forecast.add_pass("forward", self._layout(batch))
-            self.forecast.add_pass("backward", self._layout(batch))
         return loss_sum, num_tokens
 
     def _reduce(

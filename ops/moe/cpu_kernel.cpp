@@ -16,9 +16,10 @@
 
 namespace {
 
-// A task is a block of the result, of BLOCK rows and WIDE columns or the other way round, so that
-// sums and factors, taken in pieces, stay in a cache of the second level.
+// A task is a block of a result, BLOCK on one side and WIDE on the other: its sums and the pieces of
+// its factors fit a cache of the second level.
 constexpr int64_t BLOCK = 256, WIDE = 512;
+constexpr int64_t BYTES = BLOCK * BLOCK * 2 + BLOCK * WIDE * (2 + 4);
 constexpr int64_t SQUARE = SIDE * SIDE;
 constexpr int64_t AHEAD = 16;  // rows by which memory is asked for before it is needed
 
@@ -60,7 +61,7 @@ void pair_transpose(bf16* paired, const bf16* rows, int64_t stride, int64_t coun
     }
 }
 
-// 32 columns of two rows, in pairs: in `low` those of which (column / 4) is even, in `high` the others.
+// 32 columns of two rows in pairs: in `low` those where column / 4 is even, the others in `high`.
 struct Pairs {
   __m512i low, high;
   Pairs(__m512i first, __m512i second)
@@ -138,25 +139,16 @@ void store_transposed(bf16* out, int64_t stride, const float* square, int64_t co
 
 // ---------------------------------------------------------------- products
 
-// Blocks of BLOCK rows of each group and WIDE columns of their product.
-std::vector<Task> split_rows(const Tensor& counts, int64_t F, int64_t E) {
+// Blocks of each group's rows, at least one, times blocks of its matrix.
+std::vector<Task> split(
+    const Tensor& counts, int64_t m_step, int64_t F, int64_t f_step, int64_t E, int64_t e_step) {
   std::vector<Task> tasks;
   const int64_t* count = counts.const_data_ptr<int64_t>();
   for (int64_t group = 0, begin = 0; group < counts.numel(); begin += count[group++])
-    for (int64_t m = 0; m < count[group]; m += BLOCK)
-      for (int64_t f = 0; f < F; f += WIDE)
-        for (int64_t e = 0; e < E; e += WIDE)
-          tasks.push_back({group, begin + m, std::min(BLOCK, count[group] - m), f, e});
-  return tasks;
-}
-
-// Blocks of the matrix of each group.
-std::vector<Task> split_matrices(const Tensor& counts, int64_t F, int64_t E) {
-  std::vector<Task> tasks;
-  const int64_t* count = counts.const_data_ptr<int64_t>();
-  for (int64_t group = 0, begin = 0; group < counts.numel(); begin += count[group++])
-    for (int64_t f = 0; f < F; f += BLOCK)
-      for (int64_t e = 0; e < E; e += WIDE) tasks.push_back({group, begin, count[group], f, e});
+    for (int64_t m = 0; m < count[group] || m == 0; m += m_step)
+      for (int64_t f = 0; f < F; f += f_step)
+        for (int64_t e = 0; e < E; e += e_step)
+          tasks.push_back({group, begin + m, std::min(m_step, count[group] - m), f, e});
   return tasks;
 }
 
@@ -183,13 +175,11 @@ void multiply(
   }
 }
 
-constexpr int64_t BYTES = BLOCK * BLOCK * sizeof(bf16) + BLOCK * WIDE * (sizeof(bf16) + sizeof(float));
-
 Tensor grouped_matmul_fwd(const Tensor& x, const Tensor& weight, const Tensor& counts) {
   const int64_t F = weight.size(1), E = weight.size(2);
   const Tensor out = allocate({x.size(0), F}, x.options());
   bf16* to = static_cast<bf16*>(out.data_ptr());
-  const auto tasks = split_rows(counts, F, 1);
+  const auto tasks = split(counts, BLOCK, F, WIDE, 1, 1);
   run_tasks(tasks.size(), BYTES, [&](int64_t index, Arena arena) {
     const Task t = tasks[index];
     const bf16 *from = data_of(x) + t.begin * E, *w = data_of(weight) + (t.group * F + t.f) * E;
@@ -210,7 +200,7 @@ Tensor grouped_matmul_dx(const Tensor& dout, const Tensor& weight, const Tensor&
   const int64_t F = weight.size(1), E = weight.size(2);
   const Tensor dx = allocate({dout.size(0), E}, dout.options());
   bf16* to = static_cast<bf16*>(dx.data_ptr());
-  const auto tasks = split_rows(counts, 1, E);
+  const auto tasks = split(counts, BLOCK, 1, 1, E, WIDE);
   run_tasks(tasks.size(), BYTES, [&](int64_t index, Arena arena) {
     const Task t = tasks[index];
     const bf16 *from = data_of(dout) + t.begin * F, *w = data_of(weight) + t.group * F * E + t.e;
@@ -233,7 +223,7 @@ Tensor grouped_matmul_dweight(const Tensor& dout, const Tensor& x, const Tensor&
   const int64_t F = dout.size(1), E = x.size(1);
   const Tensor dweight = allocate({counts.numel(), F, E}, x.options());
   bf16* to = static_cast<bf16*>(dweight.data_ptr());
-  const auto tasks = split_matrices(counts, F, E);
+  const auto tasks = split(counts, x.size(0) + 1, F, BLOCK, E, WIDE);
   run_tasks(tasks.size(), BYTES, [&](int64_t index, Arena arena) {
     const Task t = tasks[index];
     const int64_t rows = std::min(BLOCK, F - t.f), columns = std::min(WIDE, E - t.e);

@@ -269,7 +269,9 @@ def _route_fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _score(b_logits, b_among, NORMALIZE: tl.constexpr, SCORE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _score(  # type: ignore[no-untyped-def]
+    b_logits, b_among, NORMALIZE: tl.constexpr, SCORE: tl.constexpr
+):
     """Return scores where b_among holds, 0 elsewhere; NORMALIZE or a softmax: of sum 1."""
     b_logits = tl.where(b_among, b_logits, float("-inf"))
     if SCORE == "softmax" or NORMALIZE:

@@ -50,7 +50,6 @@ def test_experts_of_a_dense_run_evaluate_and_train(dense, to_experts, tmp_path, 
     assert capsys.readouterr().out == f"{checkpoint}\n"
     before, after = val_loss(dense), val_loss(out)
     assert before < math.log(256) - 0.5
-    print("FIG", before, after)
     assert after == pytest.approx(before, abs=1e-3)
     assert run_here(["generate", f"run={out}", "max_new_tokens=3", "stop_at_end=false"]) == 0
 

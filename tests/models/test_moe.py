@@ -13,7 +13,7 @@ from conf.schema import MoEConfig
 from models.moe import MoE, Routing
 from parallel.recompute import Recompute
 
-SINKS, TOKENS, LOSS_SCALE = 3, 38, 0.7
+SINKS, TOKENS, LOSS_SCALE = 5, 36, 0.7
 LOSSES = {"balance_loss": 0.3, "z_loss": 0.02}
 LOAD = torch.arange(1.0, G + 1) / (G * (G + 1) / 2)
 BIAS = torch.tensor([0.3, -0.2, 0.0, 0.1, -0.4, 0.2])
@@ -71,7 +71,7 @@ def define(layer: MoE, x: torch.Tensor, dout: torch.Tensor, **options: Any) -> d
         ({"spiking_router": True, "top_k": 2, "num_shared_experts": 0} | LOSSES, True),
         ({"capacity": 0.7, "top_k": 2} | LOSSES, False),
         ({"capacity": 1.3, "top_k": 3, "score": "sigmoid", "num_shared_experts": 0}, True),
-        ({"capacity": 1.0}, False),
+        ({"capacity": 0.05}, False),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
@@ -97,6 +97,7 @@ def test_layer_is_its_definition(fields: dict[str, Any], spiking: bool) -> None:
     assert_close("z", routing.z, z, torch.float32)
     assert (routing.tokens, routing.recomputed) == (TOKENS, 0)
     assert routing.dropped == defined.is_dropped[SINKS:].sum()
+    assert defined.is_dropped[:SINKS].any() or layer.config.capacity != 0.05
     assert (layer.config.capacity is None) == (routing.dropped == 0)
 
 
@@ -218,13 +219,17 @@ LEVELS = [Recompute(moe="activation"), Recompute(moe="experts"), Recompute(above
 LEVELS += [Recompute(moe="activation", above=6)]
 
 
-@pytest.mark.parametrize("spiking", [False, True], ids=["plain", "spiking"])
+@pytest.mark.parametrize(
+    ("spiking", "dtype"),
+    [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)],
+    ids=["plain", "spiking", "bf16"],
+)
 @pytest.mark.parametrize("config", [moe_config(top_k=2, **LOSSES), moe_config(capacity=0.8)])
 @pytest.mark.parametrize("recompute", LEVELS, ids=["activation", "experts", "above", "both"])
 def test_recomputation_changes_no_number(
-    recompute: Recompute, config: MoEConfig, spiking: bool
+    recompute: Recompute, config: MoEConfig, spiking: bool, dtype: torch.dtype
 ) -> None:
-    x, dout = make_tokens()
+    x, dout = (each.to(dtype) for each in make_tokens())
     plain = build_moe(config, spiking=spiking)
     expected = differentiate(plain, x, dout)
     layer = build_moe(config, spiking=spiking, recompute=recompute)

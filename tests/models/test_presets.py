@@ -21,6 +21,7 @@ from trainer.flops import FlopCounter
 
 CONF = Path(str(conf.__file__)).parent
 MODELS = sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
+MIXTURES = sorted(file.stem for file in (CONF / "moe").glob("*.yaml"))
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 
 QWEN2_5_7B = 7_615_616_512
@@ -75,6 +76,15 @@ def test_model_presets_compose_and_build(name: str) -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
     assert all(set(layer.mixers) <= config.mixers.keys() for layer in layer_list(config))
     assert count(model) == PARAMETERS.get(name, count(model))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_kinds_of_mixtures_build_in_a_model(name: str) -> None:
+    config = compose_config("model=tiny_moe", f"moe@model.ffns.moe.moe={name}").model
+    *_, last = layers(build_on_meta(config))
+    assert isinstance(last.ffn, MoE)
+    assert last.ffn.config == config.ffns["moe"].moe
+    assert (last.ffn.config.top_k == 2) == (name == "top2_bias")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

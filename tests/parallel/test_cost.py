@@ -5,11 +5,13 @@ import itertools
 import pytest
 import torch
 
-from parallel.cost import SequenceCost, Traffic, pad_heads, zero_traffic
+from parallel.cost import SequenceCost, Traffic, expert_traffic, pad_heads, zero_traffic
 from parallel.layout import build_layout
 
 HALO, GATHER, SCAN = ("sp", "halo"), ("sp", "all_gather"), ("sp", "state_scan")
 RING, ULYSSES = ("ring", "ring"), ("ulysses", "all_to_all")
+COUNTS, DISPATCH, COMBINE = ("ep", "counts"), ("ep", "dispatch"), ("ep", "combine")
+COPY = ("ep", "expert_copy")
 SIZES = [2, 4, 8]
 
 
@@ -200,3 +202,78 @@ def test_one_rank_sends_nothing() -> None:
 def test_zero_stages(stage: int, gradients: dict, parameters: dict) -> None:
     traffic = zero_traffic([[32, 10], [3]], num_ranks=3, zero_stage=stage, micro_batches=2)
     assert traffic == Traffic(parameters, gradients)
+
+
+def test_experts_are_summed_over_the_ranks_that_have_the_same_ones() -> None:
+    one = {"zero_stage": 1, "micro_batches": 2, "axis": "edp"}
+    assert zero_traffic([[], []], num_ranks=4, **one) == Traffic()
+    assert zero_traffic([[8], [4]], num_ranks=1, **one) == Traffic()
+    assert zero_traffic([[8], []], num_ranks=2, **one) == Traffic(
+        {("edp", "all_gather_into_tensor"): 4 * 4}, {("edp", "all_reduce"): 4 * 8}
+    )
+
+
+@pytest.mark.parametrize("P", SIZES)
+def test_even_routing_gives_the_published_volume(P: int) -> None:
+    tokens, experts, row = 4096, 16, 7168
+    demand = [[tokens // experts] * experts] * P
+    way = (P - 1) * tokens * row // P
+    counts = 3 * (P - 1) * (experts // P) * 8
+    for rank in range(P):
+        once = expert_traffic(demand, rank, row_bytes=row, passes=3)
+        assert once == Traffic(
+            {COUNTS: counts, DISPATCH: way, COMBINE: way}, {DISPATCH: way, COMBINE: way}
+        )
+        twice = expert_traffic(demand, rank, row_bytes=row, passes=3, recompute=True)
+        assert twice.forward == once.forward
+        assert twice.backward == {COUNTS: counts, DISPATCH: 2 * way, COMBINE: 2 * way}
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_uneven_routing_counts_every_row(is_copied: bool) -> None:
+    generator, P, local = torch.Generator().manual_seed(0), 3, 2
+    demand = torch.randint(0, 50, (P, P * local), generator=generator)
+    demand[1, 3:] = 0
+    copied = torch.zeros_like(demand, dtype=torch.bool)
+    if is_copied:
+        copied[0, 4] = copied[2, 0] = copied[2, 3] = copied[1, 0] = True
+    sent, received, lent = [0] * P, [0] * P, [0] * P
+    for source, expert in itertools.product(range(P), range(P * local)):
+        owner = expert // local
+        if copied[source, expert]:
+            lent[owner] += 1
+        elif source != owner:
+            sent[source] += int(demand[source, expert])
+            received[owner] += int(demand[source, expert])
+    for rank in range(P):
+        traffic = expert_traffic(
+            demand.tolist(),
+            rank,
+            row_bytes=10,
+            passes=1,
+            copied=copied.tolist() if is_copied else None,
+            expert_bytes=(700, 1400),
+        )
+        rows = {DISPATCH: 10 * sent[rank], COMBINE: 10 * received[rank]}
+        borrowed = int(copied[rank].sum())
+        copies = lent[rank] or borrowed
+        out, back = ({COPY: 700 * lent[rank]}, {COPY: 1400 * borrowed}) if copies else ({}, {})
+        assert traffic == Traffic({COUNTS: 2 * 2 * 8, **rows, **out}, {**rows, **back})
+    assert sum(sent) == sum(received) > 0
+
+
+def test_copies_of_the_busiest_expert_spare_its_rank() -> None:
+    demand, copied = [[1000, 0, 0, 0]] * 4, [[rank > 0, False, False, False] for rank in range(4)]
+
+    def busiest(copied: list[list[bool]] | None) -> int:
+        traffics = [
+            expert_traffic(
+                demand, rank, row_bytes=64, passes=1, copied=copied, expert_bytes=(10_000, 20_000)
+            )
+            for rank in range(4)
+        ]
+        return max(sum((*t.forward.values(), *t.backward.values())) for t in traffics)
+
+    counts = 3 * 8
+    assert busiest(None) == counts + 2 * 3 * 1000 * 64
+    assert busiest(copied) == counts + 3 * 10_000

@@ -65,6 +65,19 @@ def test_summary_of_all_ranks_tells_who_strays() -> None:
     }
 
 
+def test_summary_shows_what_another_rank_alone_has_sent() -> None:
+    first, last = Ledger(steps=2), Ledger(steps=2)
+    last.record("pp", "send", 64, kind="gradients")
+    last.record("pp", "send", 4, kind="scalars")
+    last.predict("pp", "send", "gradients", 60)
+    kinds = first.summary([first, last])["pp"]["send"]["by_kind"]
+    gradients, scalars = kinds["gradients"], kinds["scalars"]
+    assert (gradients["bytes"], gradients["predicted_bytes"]) == (0, 0)
+    assert (gradients["all_ranks"]["bytes"], gradients["all_ranks"]["ranks_off"]) == (64, 1)
+    assert (scalars["bytes"], scalars["predicted_bytes"]) == (0, None)
+    assert (last.bytes_on("pp"), last.bytes_on("ep")) == (68, 0)
+
+
 def test_a_dump_is_the_ledger() -> None:
     ledger = make_ledger()
     assert Ledger.load(ledger.dump()) == ledger

@@ -14,10 +14,10 @@ from helpers.moe import tiny_moe_config
 
 from conf.schema import SpikeConfig
 from models.causal_lm import CausalLM
-from models.moe import Routing
+from models.moe import MoE, Routing
 from ops.linear_attention.torch_impl import CHUNK_SIZE
 from parallel.recompute import Recompute
-from trainer.flops import FlopCounter, measure_peak_flops, parameters_by_kind
+from trainer.flops import FlopCounter, active_parameters, measure_peak_flops, parameters_by_kind
 
 DOCUMENTS = [(1,), (4,), (5,), (6,), (100,), (1, 3, 50, 10)]
 H, H_KV, D, E, FFN, RANK, VOCAB, WINDOW = 4, 2, 8, 32, 48, 4, 40, 5
@@ -151,6 +151,8 @@ def test_only_active_experts_count() -> None:
     assert flops["moe"] == 3 * 2 * active * 70
     assert flops["ffn"] == 3 * 2 * EXPERT * 70  # of its size
     assert parameters_by_kind(model)["moe"] == (EXPERTS + 2) * EXPERT + EXPERTS * MOE_E
+    idle = (EXPERTS - 3) * EXPERT * sum(isinstance(m, MoE) for m in model.modules())
+    assert active_parameters(model) == sum(p.numel() for p in model.parameters()) - idle
     forward, _ = FlopCounter(model).layer_costs(70)
     assert forward[1] - forward[0] == 2 * (active - EXPERT) * 70
 
@@ -195,6 +197,8 @@ def test_parameters_by_kind_add_up(tied: str) -> None:
     overrides = [f"model.tie_embeddings={tied}", "model.num_sinks=7"]
     model = build_model(tiny_model_config(*layers, overrides=overrides))
     kinds = parameters_by_kind(model)
+    lookup = 0 if tied == "true" else E * VOCAB  # the head's own weight, else, is what is met
+    assert active_parameters(model) == sum(kinds.values()) - lookup
     assert sum(kinds.values()) == sum(parameter.numel() for parameter in model.parameters())
     assert kinds["linear_attention"] == QKVO + GATE + H_KV * D + D  # gate bias, norm of a head
     assert kinds["window_attention"] == QKVO

@@ -253,6 +253,71 @@ def test_spikes_stand_beside_their_references(full_run: Path, full_report: dict[
     assert "layers.1.ffn.in" in page_of(full_run)
 
 
+def routing_entry(layer: int, load: list[float]) -> dict[str, Any]:
+    return {
+        "name": f"layers.{layer}.ffn.router",
+        "layer": layer,
+        "load": load,
+        "router_max_load": 3.5,
+        "router_entropy": 1.25,
+        "router_drop_rate": 0.125,
+        "balance_loss": 1.75,
+        "z_loss": 2.25,
+    }
+
+
+def write_moe_report(path: Path, loads: list[list[float]], drop_rate: float) -> str:
+    """Write the report of a run with experts, after which every step has these figures."""
+    figures = {"router_max_load": 3.5, "router_entropy": 1.25, "router_drop_rate": drop_rate}
+    metrics = [record | figures | {"balance_loss": 1.75} for record in make_metrics()]
+    profile = make_profile() | {
+        "routing": {
+            "layers": [routing_entry(layer, load) for layer, load in enumerate(loads, 1)],
+            "busiest_rank_bytes_per_step": 3 * 2**20,
+            "mean_rank_bytes_per_step": 2**20,
+        }
+    }
+    write_report(make_run(path, metrics=metrics, profile=profile))
+    return page_of(path)
+
+
+def test_routing_shows_every_expert(tmp_path: Path) -> None:
+    page = write_moe_report(tmp_path / "run", [[300.0, 100.0, 0.0, 0.0], [5.0, 5.0]], 0.125)
+    drawn = page.split("<h2>Routing</h2>")[1].split("<h2>Communication</h2>")[0]
+    assert drawn.count("<svg") == 2
+    for text in ("layer 1", "layer 2", ">3<", ">0<", ">1<", "Dropped choices"):
+        assert text in drawn
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", drawn.split("<tbody>")[1])
+    values = ["1", "4", "3.00", "0.00", "3.50", "1.25", "1.75", "2.25"]
+    assert cells[:9] == [*values, "12.5\N{NO-BREAK SPACE}%"]
+    assert cells[9:13] == ["2", "2", "1.00", "1.00"]
+    assert "busiest rank sends 3 MiB per step" in " ".join(drawn.split())
+    assert not re.findall(r"(?:fill|stroke): #(?!000000|ffffff)\w{6}", drawn)
+
+
+def test_routing_without_a_token_or_a_drop_is_drawn_all_the_same(tmp_path: Path) -> None:
+    page = write_moe_report(tmp_path / "run", [[0.0] * 40], 0.0)
+    assert "Dropped choices" not in page
+    assert page.count("<svg") == 9
+
+
+def test_model_without_experts_has_no_routing(full_run: Path, full_report: dict[str, Any]) -> None:
+    assert full_report["routing"] is None
+    assert "<h2>Routing</h2>" not in page_of(full_run)
+
+
+def test_axes_stand_in_the_order_of_their_work(tmp_path: Path) -> None:
+    axes = ["ulysses", "ep", "pp", "dp", "edp", "start", "checkpoint"]
+    ledger = Ledger(steps=NUM_STEPS)
+    for axis in sorted(axes):
+        ledger.record(axis, "all_reduce", 60, 3.0, kind="gradients")
+    comm = ledger.summary([ledger])
+    run_dir = make_run(tmp_path / "run", metrics=make_metrics(), profile=make_profile(), comm=comm)
+    rows = write_report(run_dir)["communication_table"]
+    assert [row["axis"] for row in rows] == axes
+    assert [row["step_share"] for row in rows] == [*[pytest.approx(0.1)] * 5, None, None]
+
+
 def test_writing_again_changes_nothing_and_leaves_nothing_behind(full_run: Path) -> None:
     names, page = sorted(os.listdir(full_run)), page_of(full_run)
     report = write_report(full_run)
