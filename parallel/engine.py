@@ -149,7 +149,9 @@ class Engine:
         mine = [gradient for gradient, counts in gradients if counts]
         norm = torch.nn.utils.get_total_norm(mine, foreach=True)
         square = norm.double().square().view(1).to(self.mesh.device)
-        total = math.sqrt(float(self.comm.at(kind="scalars").all_reduce_sum(square, self.mesh.world)))
+        total = math.sqrt(
+            float(self.comm.at(kind="scalars").all_reduce_sum(square, self.mesh.world))
+        )
         if not math.isfinite(total):
             self.model.zero_grad(set_to_none=True)
             # ZeRO has its own hold of them: the stages whose gradients are finite skip as well.
@@ -184,7 +186,9 @@ class Engine:
                 tensors = self._full_tensors(parameter)
             yield name, parameter, tensors
 
-    def load_moments(self, step: int, moments: Callable[[str, str, nn.Parameter], torch.Tensor]) -> None:
+    def load_moments(
+        self, step: int, moments: Callable[[str, str, nn.Parameter], torch.Tensor]
+    ) -> None:
         """Put back the optimizer's moments (the parameters are loaded before the engine starts).
 
         Args:
@@ -250,9 +254,7 @@ class _Experts(MoE):
         """Make no groups: they are those of the mesh."""
 
 
-def _share_out_experts(
-    model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh
-) -> None:
+def _share_out_experts(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
     """Make DeepSpeed sum the gradients of experts over the ranks that hold the same ones."""
     if mesh.ep.size == 1:
         return

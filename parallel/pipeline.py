@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,10 @@ def cut_layers(
     for stage in range(2, num_stages + 1):
         best = [
             min(
-                ((max(best[begin][0], cost(begin, stop)), begin) for begin in range(stage - 1, stop)),
+                (
+                    (max(best[begin][0], cost(begin, stop)), begin)
+                    for begin in range(stage - 1, stop)
+                ),
                 default=(float("inf"), 0),
             )
             for stop in range(count + 1)
@@ -68,4 +71,4 @@ def cut_layers(
     for row in reversed(begins):
         bounds.append(row[bounds[-1]])
     bounds.reverse()
-    return [range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [range(start, stop) for start, stop in pairwise(bounds)]

@@ -119,9 +119,10 @@ class _Pipeline(PipelineModule):
         topology = PipeDataParallelTopology(num_pp=mesh.pp.size, num_dp=mesh.stage.size)
         super().__init__(layers, topology=topology, partition_method="uniform")
         self._ends = mesh.ends
-        self._tied: list[nn.Parameter] = [] if stage.model.tied is None else [stage.model.tied]
+        tied = stage.model.tied
+        self._tied = [tied] if isinstance(tied, nn.Parameter) else []
         for weight in self._tied:
-            weight.ds_pipe_replicated = mesh.ends.index > 0
+            weight.ds_pipe_replicated = mesh.ends.index > 0  # type: ignore[attr-defined]
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
         """Return the embedding where the first and the last stage share it."""

@@ -118,7 +118,7 @@ def _experts(config: Config, world_size: int) -> Iterator[_Problem]:
                 off = "null" if default is None else default
                 yield _Problem(
                     f"parallel.{key}={value} needs a layer with experts, and model.layers has none",
-                    lambda key=key, off=off: [f"parallel.{key}={off}"],
+                    _these(f"parallel.{key}={off}"),
                 )
     stage_size = world_size // parallel.pp
     for name, moe in experts.items():
@@ -132,10 +132,8 @@ def _experts(config: Config, world_size: int) -> Iterator[_Problem]:
             yield _Problem(
                 f"parallel.hot_experts={parallel.hot_experts} cannot be with model.ffns.{name}.moe."
                 f"capacity={moe.capacity}, which gives every expert as many tokens",
-                lambda name=name: [
-                    "parallel.hot_experts=0", f"model.ffns.{name}.moe.capacity=null"
-                ],
-            )  # fmt: skip
+                _these("parallel.hot_experts=0", f"model.ffns.{name}.moe.capacity=null"),
+            )
 
 
 def _batch(config: Config, world_size: int) -> Iterator[_Problem]:
@@ -179,6 +177,10 @@ def _sequence(config: Config, world_size: int) -> Iterator[_Problem]:
                 *near(),
             ],
         )
+
+
+def _these(*remedies: str) -> Callable[[], list[str]]:
+    return lambda: list(remedies)
 
 
 def _near_degrees(config: Config, world_size: int, *degrees: Degree) -> list[str]:

@@ -122,7 +122,7 @@ class Trainer:
                 {
                     name: layer.ffn.experts.weights
                     for name, layer in model.named_layers()
-                    if isinstance(layer.ffn, MoE)
+                    if isinstance(layer.ffn, MoE) and mesh.ep.size > 1
                 },
                 hidden_size=config.model.hidden_size,
                 dtype=self.dtype,

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from parallel.recompute import Memory, run_recomputed
+from parallel.recompute import Memory, Recompute, rebuilt, run_recomputed
+from trainer.bench.memory import saved_bytes
 
 
 class Calls:
@@ -70,3 +71,47 @@ def test_memory_holds_no_graph() -> None:
         (second,) = memory.remember(lambda: pytest.fail("it is remembered"))
     assert not second.requires_grad
     assert torch.equal(first, second)
+
+
+def test_what_is_rebuilt_is_not_kept() -> None:
+    x = torch.randn(50, 8, requires_grad=True)
+    weight = torch.randn(3, 8, requires_grad=True)
+    runs = []
+
+    def build() -> torch.Tensor:
+        runs.append(torch.is_grad_enabled())
+        return x * x.detach().exp()
+
+    def forward(recompute: bool) -> torch.Tensor:
+        y = build()
+        if not recompute:
+            return torch.nn.functional.linear(y[10:], weight)
+        with rebuilt(y, build):
+            return torch.nn.functional.linear(y[10:], weight)  # which keeps a view of it
+
+    expected = torch.autograd.grad(forward(False).square().sum(), (x, weight))
+    runs.clear()
+    actual = torch.autograd.grad(forward(True).square().sum(), (x, weight))
+    assert runs == [True, False]
+    assert all(map(torch.equal, actual, expected))
+    assert saved_bytes(lambda: forward(False)) - saved_bytes(lambda: forward(True)) >= x.nbytes
+
+
+@pytest.mark.parametrize(
+    ("given", "dense", "moe", "inside"),
+    [
+        (Recompute(), False, False, Recompute()),
+        (Recompute(moe="activation", above=7), False, False, Recompute(moe="activation", above=7)),
+        (Recompute(moe="experts", above=7), False, False, Recompute(moe="experts")),
+        (Recompute(moe="layer", above=7), False, True, Recompute()),
+        (Recompute("selective", "layer", 7), True, True, Recompute()),
+        (Recompute("full", "layer", 7), False, False, Recompute()),
+    ],
+    ids=str,
+)
+def test_nothing_runs_a_third_time(
+    given: Recompute, dense: bool, moe: bool, inside: Recompute
+) -> None:
+    assert given.has_ffn(is_moe=False) == dense
+    assert given.has_ffn(is_moe=True) == moe
+    assert given.inside_moe == inside

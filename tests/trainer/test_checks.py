@@ -78,8 +78,8 @@ REFUSED: dict[tuple[str, ...], str] = {
     "model.layers has none; use parallel.recompute_above=null",
     ("parallel.hot_experts=2",): "parallel.hot_experts=2 needs a layer with experts, and "
     "model.layers has none; use parallel.hot_experts=0",
-    ("model=tiny_moe", "parallel.ep=2", "launcher.num_workers=1"): "parallel.ep=2 must divide model.ffns.moe.moe.num_experts="
-    "8 and the 1 ranks of a pipeline stage; use parallel.ep=1",
+    ("model=tiny_moe", "parallel.ep=2", "launcher.num_workers=1"): "parallel.ep=2 must divide "
+    "model.ffns.moe.moe.num_experts=8 and the 1 ranks of a pipeline stage; use parallel.ep=1",
     ("model=tiny_moe", "parallel.ep=3", "launcher.num_workers=12", "data.global_batch_size=12"): (
         "model.ffns.moe.moe.num_experts=8 and the 12 ranks of a pipeline stage; use parallel.ep=4 "
         "or parallel.ep=2"
