@@ -71,7 +71,7 @@ def define(layer: MoE, x: torch.Tensor, dout: torch.Tensor, **options: Any) -> d
         ({"spiking_router": True, "top_k": 2, "num_shared_experts": 0} | LOSSES, True),
         ({"capacity": 0.7, "top_k": 2} | LOSSES, False),
         ({"capacity": 1.3, "top_k": 3, "score": "sigmoid", "num_shared_experts": 0}, True),
-        ({"capacity": 0.05}, False),
+        ({"capacity": 0.05, "top_k": 2}, False),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )

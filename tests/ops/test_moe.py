@@ -245,7 +245,7 @@ def test_of_equal_logits_the_first_experts_are_chosen(score: str, impl: str) -> 
     assert experts.tolist() == [[0, 1, 2], [4, 0, 1], [4, 5, 0]]
     assert_close("weights", weights[2], torch.tensor([0.5, 0.5, 0.0]), torch.float32)
     # Wherever in the tensor they are: vectors and what is left over may be rounded differently.
-    logits, bias = torch.full((7, 5), -0.7), torch.tensor([0, 0.5, 0, 0.5, 0.5])
+    logits, bias = torch.full((7, 5), -5.921875), torch.tensor([0, 0.5, 0, 0.5, 0.5])
     _, experts = route(logits, 4, score=score, bias=bias, impl=impl)
     assert experts.tolist() == [[1, 3, 4, 0]] * 7
 

@@ -182,7 +182,7 @@ MODEL = (
     *(f"model.mixers.{mixer}.{key}" for mixer in MIXERS
       for key in ("num_heads=2", "num_kv_heads=1", "head_dim=16")),
     "model.mixers.window.window_size=24", "data.seq_len=96", "data.global_batch_size=8",
-    "data.micro_batch_size=1", "evaluation.max_sequences=4", "evaluation.every=1",
+    "data.micro_batch_size=1", "evaluation.max_sequences=4", "evaluation.every=3",
 )  # fmt: skip
 LAYOUTS = [
     (2, "ep=2", "zero_stage=0", "recompute=full"),

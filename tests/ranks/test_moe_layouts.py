@@ -131,7 +131,7 @@ def steer(checkpoint: Path, out: Path, experts: list[int]) -> Path:
 
 
 ONE = Layout()
-SOFTMAX = ("data.seq_len=333",)
+SOFTMAX = ("data.seq_len=203",)
 SIGMOID = (
     "data.seq_len=250", "model.ffns.moe.moe.num_experts=4", "model.ffns.moe.moe.top_k=2",
     "model.ffns.moe.moe.score=sigmoid", "model.ffns.moe.moe.normalize=true",
@@ -152,7 +152,7 @@ ROWS = [
     (Layout(dp=2, zero=3), SOFTMAX, ("parallel.recompute=selective",)),
     (Layout(pp=2), SOFTMAX, ()),
     (Layout(pp=2, dp=2, ep=2, zero=1), SIGMOID, FULL),
-    (Layout(pp=2, dp=2, ep=2, zero=1), LATE, ()),
+    (Layout(pp=2, dp=2, ep=2, zero=1), LATE, ("parallel.moe_recompute=activation",)),
     (Layout(pp=2, ep=2, ring=2), SOFTMAX, ()),
     (Layout(pp=2, dp=2, ep=4, ulysses=2, zero=1), SIGMOID, ()),
 ]
@@ -172,8 +172,8 @@ def test_run_equals_one_rank(
 BIASED = ("data.seq_len=101", "model.ffns.moe.moe.bias_rate=0.001")
 STEERED = [
     (Layout(dp=2, ep=2, zero=2), (3,), FULL),
-    (Layout(dp=2, ep=4, ulysses=2, zero=1), (2, 5), ()),
-    (Layout(pp=2, ep=2, ring=2), (7,), ()),
+    (Layout(dp=2, ep=4, ulysses=2, zero=1), (2, 5), ("parallel.moe_recompute=experts",)),
+    (Layout(pp=2, ep=2, ring=2), (7,), ("parallel.recompute_above=40",)),
 ]
 
 
@@ -199,8 +199,8 @@ def test_experts_without_tokens(
 
 def test_bfloat16_errs_no_more_than_one_rank_does(runs: Runs) -> None:
     half = ("dtype=bfloat16",)
-    exact, rounded = runs(ONE, *SOFTMAX), runs(ONE, *SOFTMAX, *half)
-    many = runs(Layout(pp=2, dp=2, ep=2, zero=1), *SOFTMAX, *half)
+    exact, rounded = runs(ONE, *LATE), runs(ONE, *LATE, *half)
+    many = runs(Layout(pp=2, dp=2, ep=2, zero=1), *LATE, *half)
     for key in ("loss", "grad_norm", "val_loss"):
         values = column(exact, key)
         errors = [
