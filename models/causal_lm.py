@@ -185,7 +185,7 @@ class CausalLM(nn.Module):
         self.recompute, self.part = recompute, part
         size, is_tied = config.hidden_size, config.tie_embeddings
         layers = layer_list(config)
-        if part.has_embedding or is_tied and part.has_head:
+        if part.has_embedding or (is_tied and part.has_head):
             self.embed = Embedding(config.vocab_size, size, dtype)
         has_sinks = part.has_embedding and config.num_sinks
         self.sinks = SinkTokens(config.num_sinks, size) if has_sinks else None

@@ -232,7 +232,7 @@ def zero_traffic(
         return Traffic({}, {(axis, "reduce_scatter_tensor"): gradients})
     # ZeRO 2 sums after every micro batch; so that each rank keeps its part alone.
     sums = micro_batches if zero_stage == 2 else 1
-    gradients = 2 * (num_ranks - 1) * 4 * sum(sizes) * sums // num_ranks
+    gradients = 2 * (num_ranks - 1) * 4 * sum(sizes) // num_ranks * sums
     parts = [-(-sum(group) // (2 * num_ranks)) * 2 for group in groups] if zero_stage else []
     parameters = {(axis, "all_gather_into_tensor"): (num_ranks - 1) * 4 * sum(parts)}
     return Traffic(parameters if parts else {}, {(axis, "all_reduce"): gradients})

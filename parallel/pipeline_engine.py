@@ -56,7 +56,7 @@ class PipelinedEngine(Engine):
         engine = self._engine
         engine.total_loss, engine._compute_loss = None, False
         engine.set_dataiterator(iter(self._stage.inputs()))
-        with self._watch("pipeline"):
+        with self._watch(f"pipeline, stage {self.mesh.pp.index + 1} of {self.mesh.pp.size}"):
             engine._exec_schedule(schedule)
 
     def _gradients(self) -> Iterator[tuple[torch.Tensor, bool]]:

@@ -12,6 +12,7 @@ from helpers.moe import E, G, build_moe, define_moe, moe_config, tiny_moe_config
 from conf.schema import MoEConfig
 from models.moe import MoE, Routing
 from parallel.recompute import Recompute
+from trainer.statistics import RouterStatistics
 
 SINKS, TOKENS, LOSS_SCALE = 5, 36, 0.7
 LOSSES = {"balance_loss": 0.3, "z_loss": 0.02}
@@ -257,3 +258,19 @@ def test_decoding_goes_on_as_reading_would(capacity: str) -> None:
             context = one_rank_context((length,))
             expected = model.prefill(tokens[:, :length], context, model.new_cache())
             assert_close(f"logits after {length}", actual, expected, torch.float32)
+
+
+def test_drop_rate_is_the_share_of_choices_that_found_no_place() -> None:
+    moe = "model.ffns.moe.moe"
+    overrides = (f"{moe}.capacity=0.5", f"{moe}.top_k=2", "model.num_sinks=0", "model.num_layers=3")
+    model = build_model(tiny_moe_config(*overrides))
+    batch = random_batch((40, 24), 40)
+    model(batch.tokens, batch.labels, one_rank_context((40, 24)))
+    statistics = RouterStatistics(model, model)
+    routings = statistics.name(statistics.take())
+    places = 8  # 0.5 x 64 tokens x 2 of 8 experts
+    dropped = [float((r.load - places).clamp_min(0).sum()) for r in routings.values()]
+    assert len(dropped) == 2
+    assert min(dropped) > 0
+    rate = statistics.metrics(routings)["router_drop_rate"]
+    assert rate == pytest.approx(sum(dropped) / (2 * 64 * 2))

@@ -11,7 +11,7 @@ import torch
 from helpers.assertions import assert_close
 from helpers.models import build_model, one_rank_context, random_batch, tiny_model_config
 
-from models.causal_lm import CausalLM, Layer, ParallelMixers
+from models.causal_lm import CausalLM, ParallelMixers
 from models.mixers.linear_attention import LinearAttention
 from models.mixers.softmax_attention import SoftmaxAttention
 from models.spiking import spike_encoders

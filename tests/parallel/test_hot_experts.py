@@ -56,3 +56,14 @@ def test_no_experts_are_no_error() -> None:
     lent = none.lend("layers.0")
     assert lent.own is None
     assert lent.copied == []
+
+
+def test_rows_are_those_of_one_step_and_of_layers_of_any_size() -> None:
+    hot_experts = HotExperts({"a": [torch.zeros(2, 3, 5)], "b": [torch.zeros(4, 3, 5)]})
+    for _ in range(2):
+        hot_experts.count("b", torch.tensor([1, 2, 3, 4]))
+        hot_experts.count("a", torch.tensor([5, 6]))
+        hot_experts.count("b", torch.tensor([0, 0, 0, 1]))
+        hot_experts.end_step()
+        assert hot_experts.rows.tolist() == [[[5, 6, 0, 0], [1, 2, 3, 5]]]
+    assert not hot_experts.copied.any()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.assertions import assert_close
-from helpers.runs import Faults, column, read_metrics, run, run_ranks, start_ranks, tiny
+from helpers.runs import Faults, Run, column, read_metrics, run, run_ranks, start_ranks, tiny
 
 from trainer.checkpoint import load_tensors
 
@@ -77,18 +77,34 @@ EXPERTS = (
 )  # fmt: skip
 
 
+def check_last_words(survivors: dict[int, Run], told: dict[int, str], run_dir: str) -> None:
+    """Every survivor says where it was, and that the last rank is to blame."""
+    gone = r"failed: a rank it talks to is gone, its connection is closed"
+    for rank, run in survivors.items():
+        assert run.wait() == 3, run.log
+        words = f"^rank {rank}: in step 2, {told[rank]} {gone}$"
+        assert re.search(words, run.log, re.MULTILINE), run.log
+        culprit = len(survivors)
+        assert f"most likely at fault: rank {culprit}, whose process is gone" in run.log
+        assert f"last complete checkpoint: {run_dir}/checkpoints/step_00000001" in run.log
+        assert "Traceback" not in run.log, run.log
+
+
 def test_rank_killed_in_a_dispatch_ends_all_stages(folder: Path) -> None:
     layout = ("parallel.pp=2", "parallel.ep=2", "parallel.timeout_seconds=20", "checkpoint.every=1")
     arguments = train(folder, "killed", *EXPERTS, *layout)
     fault = Faults(halt=("SIGKILL", "dispatch of layers.1", 2))
-    *survivors, killed = start_ranks(arguments, folder, (None, None, None, fault))
-    assert [rank.wait() for rank in survivors] == [3, 3, 3], survivors[0].log
-    assert killed.wait() == -9
-    gone = r"failed: a rank it talks to is gone, its connection is closed"
-    collective = "(counts|dispatch|combine) of layers.1 .moe. on axis ep"
-    for rank, told in enumerate(("pipeline .DeepSpeed, ZeRO 0.",) * 2 + (collective,)):
-        log = survivors[rank].log
-        assert re.search(f"^rank {rank}: in step 2, {told} {gone}$", log, re.MULTILINE), log
-        assert "most likely at fault: rank 3, whose process is gone" in log
-        assert "last complete checkpoint: killed/checkpoints/step_00000001" in log
-        assert "Traceback" not in log
+    *survivors, _ = start_ranks(arguments, folder, (None, None, None, fault))
+    first = r"pipeline, stage 1 of 2 \(DeepSpeed, ZeRO 0\)"
+    # It may have sent what it was killed over.
+    mate = r"(counts|dispatch|combine) of layers.1 \(moe\) on axis ep"
+    check_last_words(dict(enumerate(survivors)), {0: first, 1: first, 2: mate}, "killed")
+
+
+def test_killed_stage_ends_the_others(folder: Path) -> None:
+    layout = ("parallel.pp=3", "parallel.zero_stage=1", "parallel.timeout_seconds=20")
+    arguments = train(folder, "cut", "checkpoint.every=1", *layout)
+    fault = Faults(halt=("SIGKILL", "pipeline", 2))
+    *survivors, _ = start_ranks(arguments, folder, (None, None, fault))
+    told = {i: rf"pipeline, stage {i + 1} of 3 \(DeepSpeed, ZeRO 1\)" for i in range(2)}
+    check_last_words(dict(enumerate(survivors)), told, "cut")

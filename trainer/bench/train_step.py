@@ -15,8 +15,7 @@ from conf.schema import (
 from models.causal_lm import CausalLM, layer_list
 from models.mixers.softmax_attention import SoftmaxAttentionConfig
 from parallel.comm import Comm
-from parallel.engine import Engine
-from parallel.flight_recorder import FlightRecorder
+from parallel.engine import Engine, MicroBatch
 from parallel.layout import build_layout
 from parallel.mesh import Mesh, World, init_mesh
 from parallel.sequence import SequenceContext
@@ -91,23 +90,23 @@ def _our_step(
     model.to(mesh.device)
     lengths = [config.seq_len] * config.micro_batch_size
     flops = sum(FlopCounter(model).training(lengths).values())
+    comm = Comm(mesh)
     engine = Engine(
         model,
         build_optimizer(model, OPTIM),
         parallel=PARALLEL,
         optim=OPTIM,
-        mesh=mesh,
-        recorder=FlightRecorder(),
+        comm=comm,
         grad_accum_steps=1,
         micro_batch_size=config.micro_batch_size,
     )
     ends = torch.arange(0, config.micro_batch_size + 1) * config.seq_len
-    context = SequenceContext(build_layout(ends.int()), OPS, Comm(mesh))
+    context = SequenceContext(build_layout(ends.int()), OPS, comm)
     inputs, labels = tokens[:, :-1].reshape(1, -1), tokens[:, 1:].reshape(1, -1)
+    batch = MicroBatch(inputs, labels, context)
 
     def step() -> None:
-        loss_sum, num_valid = engine(inputs, labels, context)
-        engine.backward(loss_sum / num_valid, last=True)
+        engine.accumulate([batch], 1 / labels.numel())
         engine.step(OPTIM.lr)
 
     return step, flops
