@@ -106,7 +106,7 @@ class HotExperts:
         self.rows = self._comm.at(kind="metrics").all_gather(self._here, self._comm.mesh.ep).cpu()
         # A load that jumps from expert to expert would pay for copies and use none.
         steady = torch.minimum(before, self.rows)
-        self._here.zero_()
+        self._here = torch.zeros_like(self._here)
         self.copied, self._planned = self._planned, torch.zeros_like(self.copied)
         self._loans = {}
         for i, (layer, weights) in enumerate(self._layers.items()):
@@ -219,7 +219,7 @@ class _Loan:
         if not self.copied:
             self._return()
         self._wait()
-        sums = [gradient.clone() for gradient in gradients]
+        sums = [gradient.clone() for gradient in gradients] if self._returned else gradients
         for i, expert, gradient in self._returned:
             sums[i][expert] += gradient
         self._copies, self._gradients, self._returned, self._done = [], [], [], 0

@@ -172,9 +172,11 @@ def test_run_equals_one_rank(
 BIASED = ("data.seq_len=101", "model.ffns.moe.moe.bias_rate=0.001")
 STEERED = [
     (Layout(dp=2, ep=2, zero=2), (3,), FULL),
-    (Layout(dp=2, ep=4, ulysses=2, zero=1), (2, 5), ("parallel.moe_recompute=experts",)),
-    (Layout(pp=2, ep=2, ring=2), (7,), ("parallel.recompute_above=40",)),
-]
+    (Layout(dp=2, ep=4, ulysses=2, zero=1), (2, 5),
+     ("parallel.hot_experts=2", "parallel.moe_recompute=experts")),
+    (Layout(pp=2, ep=2, ring=2), (3,),
+     ("parallel.hot_experts=1", "parallel.recompute_above=40")),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

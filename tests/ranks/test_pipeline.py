@@ -77,17 +77,17 @@ EXPERTS = (
 )  # fmt: skip
 
 
-def check_last_words(survivors: dict[int, Run], told: dict[int, str], run_dir: str) -> None:
+def check_last_words(survivors: list[Run], told: list[str], run_dir: str) -> None:
     """Every survivor says where it was, and that the last rank is to blame."""
     gone = r"failed: a rank it talks to is gone, its connection is closed"
-    for rank, run in survivors.items():
-        assert run.wait() == 3, run.log
+    for rank, survivor in enumerate(survivors):
+        assert survivor.wait() == 3, survivor.log
         words = f"^rank {rank}: in step 2, {told[rank]} {gone}$"
-        assert re.search(words, run.log, re.MULTILINE), run.log
+        assert re.search(words, survivor.log, re.MULTILINE), survivor.log
         culprit = len(survivors)
-        assert f"most likely at fault: rank {culprit}, whose process is gone" in run.log
-        assert f"last complete checkpoint: {run_dir}/checkpoints/step_00000001" in run.log
-        assert "Traceback" not in run.log, run.log
+        assert f"most likely at fault: rank {culprit}, whose process is gone" in survivor.log
+        assert f"last complete checkpoint: {run_dir}/checkpoints/step_00000001" in survivor.log
+        assert "Traceback" not in survivor.log, survivor.log
 
 
 def test_rank_killed_in_a_dispatch_ends_all_stages(folder: Path) -> None:
@@ -98,7 +98,7 @@ def test_rank_killed_in_a_dispatch_ends_all_stages(folder: Path) -> None:
     first = r"pipeline, stage 1 of 2 \(DeepSpeed, ZeRO 0\)"
     # It may have sent what it was killed over.
     mate = r"(counts|dispatch|combine) of layers.1 \(moe\) on axis ep"
-    check_last_words(dict(enumerate(survivors)), {0: first, 1: first, 2: mate}, "killed")
+    check_last_words(survivors, [first, first, mate], "killed")
 
 
 def test_killed_stage_ends_the_others(folder: Path) -> None:
@@ -106,5 +106,5 @@ def test_killed_stage_ends_the_others(folder: Path) -> None:
     arguments = train(folder, "cut", "checkpoint.every=1", *layout)
     fault = Faults(halt=("SIGKILL", "pipeline", 2))
     *survivors, _ = start_ranks(arguments, folder, (None, None, fault))
-    told = {i: rf"pipeline, stage {i + 1} of 3 \(DeepSpeed, ZeRO 1\)" for i in range(2)}
-    check_last_words(dict(enumerate(survivors)), told, "cut")
+    told = [rf"pipeline, stage {stage} of 3 \(DeepSpeed, ZeRO 1\)" for stage in (1, 2)]
+    check_last_words(survivors, told, "cut")
