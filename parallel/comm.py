@@ -114,8 +114,12 @@ class Comm:
         arrived = x.new_empty(sum(receives), *x.shape[1:])
         with self.recorder.watch(f"the start of {self._name(name, axis.name)}", is_noted=False):
             work = dist.all_to_all_single(
-                _as_bytes(arrived), _as_bytes(x), [n * width for n in receives],
-                [n * width for n in sends], group=axis.group, async_op=True,
+                _as_bytes(arrived),
+                _as_bytes(x),
+                [n * width for n in receives],
+                [n * width for n in sends],
+                group=axis.group,
+                async_op=True,
             )
         entry = self._entry(axis, name, (len(x) - sends[axis.index]) * width)
         return Arrival(entry, work, (x, arrived))

@@ -28,6 +28,11 @@ class Traffic:
     forward: Mapping[Key, int] = field(default_factory=dict)
     backward: Mapping[Key, int] = field(default_factory=dict)
 
+    @property
+    def total_bytes(self) -> int:
+        """Of both passes, over all axes and collectives."""
+        return sum(self.forward.values()) + sum(self.backward.values())
+
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(_add(self.forward, other.forward), _add(self.backward, other.backward))
 

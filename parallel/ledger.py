@@ -31,6 +31,9 @@ class Ledger:
     entries: dict[tuple[str, str, str], Entry] = field(default_factory=dict)
     """By axis, collective and kind of layer, which is empty for what no layer asked for."""
     steps: int = 0
+    spared_bytes: int = 0
+    """What the rank would have sent besides, by the formulas, without copies of hot experts; less
+    than none where it has paid for the copies of others."""
 
     def record(
         self,
@@ -59,13 +62,13 @@ class Ledger:
     def dump(self) -> str:
         """Return all entries as text, for another rank to `load`."""
         rows = [[*key, *astuple(entry)] for key, entry in self.entries.items()]
-        return json.dumps([self.steps, rows])
+        return json.dumps([self.steps, self.spared_bytes, rows])
 
     @classmethod
     def load(cls, text: str) -> "Ledger":
         """Return the ledger of a `dump`."""
-        steps, rows = json.loads(text)
-        return cls({tuple(row[:3]): Entry(*row[3:]) for row in rows}, steps)
+        steps, spared_bytes, rows = json.loads(text)
+        return cls({tuple(row[:3]): Entry(*row[3:]) for row in rows}, steps, spared_bytes)
 
     def summary(self, ledgers: Sequence["Ledger"] = ()) -> dict[str, dict[str, dict[str, object]]]:
         """Return {axis: {collective: figures}}: calls, bytes and seconds, whole and per step.

@@ -5,7 +5,7 @@ know how it was cut.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, KeysView
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,9 +65,9 @@ class CheckpointTensors:
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
 
-    def keys(self) -> list[str]:
+    def keys(self) -> KeysView[str]:
         """Return the names shard by shard, the order in which reading is cheapest."""
-        return list(self._parts)
+        return self._parts.keys()
 
     def get(self, name: str, rows: Segment | None = None) -> torch.Tensor:
         """Read one tensor, or these rows of it.

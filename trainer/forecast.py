@@ -116,6 +116,9 @@ class Forecast:
             self._enter(traffic.forward, ffn.kind)
             if is_step:
                 self._enter(traffic.backward, ffn.kind)
+            if copied is not None and copied.any():
+                without = self._moe_traffic(ffn.config, weights, demand, layouts, None)
+                self._ledger.spared_bytes += without.total_bytes - traffic.total_bytes
 
     def _moe_traffic(
         self,

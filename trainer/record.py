@@ -214,6 +214,7 @@ class Recorder:
             return None
         steps = self.ledger.steps
         sent = [ledger.bytes_on("ep") / steps for ledger in ledgers]
+        without = [(x.bytes_on("ep") + x.spared_bytes) / steps for x in ledgers]
         layers = [
             {"name": name, "layer": _layer(name), "load": load.tolist()}
             | {key: total / steps for key, total in self.routing[name].items()}
@@ -222,6 +223,7 @@ class Recorder:
         return {
             "layers": layers,
             "busiest_rank_bytes_per_step": max(sent),
+            "busiest_rank_bytes_per_step_without_copies": max(without),
             "mean_rank_bytes_per_step": sum(sent) / len(sent),
         }
 

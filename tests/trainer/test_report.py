@@ -274,6 +274,7 @@ def write_moe_report(path: Path, loads: list[list[float]], drop_rate: float) -> 
         "routing": {
             "layers": [routing_entry(layer, load) for layer, load in enumerate(loads, 1)],
             "busiest_rank_bytes_per_step": 3 * 2**20,
+            "busiest_rank_bytes_per_step_without_copies": 7 * 2**20,
             "mean_rank_bytes_per_step": 2**20,
         }
     }
@@ -291,7 +292,9 @@ def test_routing_shows_every_expert(tmp_path: Path) -> None:
     values = ["1", "4", "3.00", "0.00", "3.50", "1.25", "1.75", "2.25"]
     assert cells[:9] == [*values, "12.5\N{NO-BREAK SPACE}%"]
     assert cells[9:13] == ["2", "2", "1.00", "1.00"]
-    assert "busiest rank sends 3 MiB per step" in " ".join(drawn.split())
+    text = " ".join(drawn.split())
+    assert "busiest rank sends 3 MiB per step" in text
+    assert "Without copies the busiest rank would have sent 7 MiB" in text
     assert not re.findall(r"(?:fill|stroke): #(?!000000|ffffff)\w{6}", drawn)
 
 
