@@ -112,6 +112,8 @@ class MoEConfig:
     """What the router makes of its logits."""
     normalize: bool
     """Divide the scores of a token's experts by their sum."""
+    scale: PositiveFloat
+    """Multiplies the weights of routed experts; a softmax over many experts makes them small."""
     balance_loss: NonNegativeFloat
     """Weight of the auxiliary loss num_experts * sum of load * mean score; 0: none."""
     z_loss: NonNegativeFloat
@@ -128,13 +130,11 @@ class MoEConfig:
     def __post_init__(self) -> None:
         if self.top_k > self.num_experts:
             raise ValueError(
-                f"top_k={self.top_k} exceeds num_experts={self.num_experts}; use "
-                f"top_k={self.num_experts} or less"
+                f"top_k={self.top_k} exceeds num_experts; use top_k={self.num_experts} or less"
             )
         if self.top_k == 1 and self.normalize:
             raise ValueError(
-                "normalize=true with top_k=1 makes every weight 1 and leaves the router without a "
-                "gradient; use normalize=false"
+                "normalize=true with top_k=1 leaves the router no gradient; use normalize=false"
             )
 
 

@@ -90,6 +90,12 @@ class ParallelMixers(nn.Module):
             assert isinstance(mixer, Mixer)
             yield name, mixer
 
+    def reset_norms(self, std: float) -> None:
+        """Let the branches begin as small as an embedding; at 1 they would drown it."""
+        for norm in self.norms.values():
+            assert isinstance(norm, RMSNorm)
+            nn.init.constant_(norm.weight, std)
+
     def _sum(self, outs: dict[str, torch.Tensor]) -> torch.Tensor:
         if len(outs) == 1:
             return next(iter(outs.values()))
@@ -294,14 +300,15 @@ class CausalLM(nn.Module):
             if isinstance(module, Embedding | SinkTokens | Head) and not is_tied:
                 with seeded(seed, name):
                     nn.init.normal_(module.weight, std=std)
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
         for name, layer in self.named_layers():
+            layer.mixer.reset_norms(std)
             with seeded(seed, name):
                 for _, mixer in layer.mixer.named_branches():
                     mixer.reset(std, out_std)
                 layer.ffn.reset(std, out_std)
-        for module in self.modules():
-            if isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
 
 
 @contextmanager
