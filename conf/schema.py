@@ -112,8 +112,6 @@ class MoEConfig:
     """What the router makes of its logits."""
     normalize: bool
     """Divide the scores of a token's experts by their sum."""
-    scale: PositiveFloat
-    """Multiplies the weights of routed experts; a softmax over many experts makes them small."""
     balance_loss: NonNegativeFloat
     """Weight of the auxiliary loss num_experts * sum of load * mean score; 0: none."""
     z_loss: NonNegativeFloat

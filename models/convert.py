@@ -103,11 +103,10 @@ def upcycling_scale(config: MoEConfig) -> float:
     """Return alpha = (S + share)^(-1/3), by which each projection of an expert is scaled.
 
     `share` is what the weights of a token's k experts sum to if the router prefers none of N: 1 if
-    they are normalised, k/N for softmax scores (eq. 18), k/2 for sigmoid scores; times their scale.
+    they are normalised, k/N for softmax scores (eq. 18), k/2 for sigmoid scores.
     """
     share = config.top_k / (config.num_experts if config.score == "softmax" else 2)
-    share = config.scale * (1 if config.normalize else share)
-    return float((config.num_shared_experts + share) ** (-1 / 3))
+    return float((config.num_shared_experts + (1 if config.normalize else share)) ** (-1 / 3))
 
 
 def plan_conversion(
