@@ -60,7 +60,8 @@ class RouterStatistics:
 
     def name(self, flat: torch.Tensor) -> dict[str, Routing]:
         """Return what was seen by the names of the routers."""
-        sizes = [2 * router.config.num_experts + 5 for router in self._all.values()]
+        counts = [router.config.num_experts for router in self._all.values()]
+        sizes = [len(Routing.empty(count).flatten()) for count in counts]
         parts = [Routing.unflatten(part) for part in flat.split(sizes)] if sizes else []
         return dict(zip(self._all, parts, strict=True))
 
