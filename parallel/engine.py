@@ -24,7 +24,7 @@ from torch import nn
 
 from conf.schema import OptimConfig, ParallelConfig
 from parallel.comm import Comm
-from parallel.deepspeed_backend import install_backend
+from parallel.engine_backend import install_backend
 from parallel.expert import is_expert
 from parallel.mesh import Mesh
 from parallel.sequence import SequenceContext

@@ -12,7 +12,7 @@ LAYERS = ("conf", "ops", "parallel", "models", "trainer", "cluster")
 UPWARD = {("trainer/__main__.py", "cluster")}
 HOMES = {
     "triton": ("ops/*/triton_*.py", "ops/triton_*.py"),
-    "deepspeed": ("parallel/*engine.py", "parallel/deepspeed_backend.py"),
+    "deepspeed": ("parallel/engine*.py", "parallel/pipeline_engine.py"),
     "ray": ("cluster/*",),
     "hydra": ("cluster/*",),
     "omegaconf": ("cluster/*",),
