@@ -141,17 +141,20 @@ def test_spikingbrain_7b_alternates_linear_and_window_layers() -> None:
     assert config.num_sinks == 0
 
 
+QWEN_ATTENTION = {
+    "q_proj.weight": (3584, 3584),
+    "q_proj.bias": (3584,),
+    "k_proj.weight": (512, 3584),
+    "k_proj.bias": (512,),
+    "v_proj.weight": (512, 3584),
+    "v_proj.bias": (512,),
+    "o_proj.weight": (3584, 3584),
+}
+"""Projections of Qwen2.5-7B, from which both models come."""
+
+
 def test_spikingbrain_7b_has_the_published_tensors() -> None:
     model = build_on_meta(compose_config("model=spikingbrain_7b").model)
-    attention = {
-        "q_proj.weight": (3584, 3584),
-        "q_proj.bias": (3584,),
-        "k_proj.weight": (512, 3584),
-        "k_proj.bias": (512,),
-        "v_proj.weight": (512, 3584),
-        "v_proj.bias": (512,),
-        "o_proj.weight": (3584, 3584),
-    }
     gate = {
         "gk_proj.0.weight": (16, 3584),
         "gk_proj.1.weight": (512, 16),
@@ -159,8 +162,8 @@ def test_spikingbrain_7b_has_the_published_tensors() -> None:
         "g_norm.weight": (128,),
     }
     linear, window = layers(model)[:2]
-    assert shapes(linear.mixer.branches["linear"]) == attention | gate
-    assert shapes(window.mixer.branches["window"]) == attention
+    assert shapes(linear.mixer.branches["linear"]) == QWEN_ATTENTION | gate
+    assert shapes(window.mixer.branches["window"]) == QWEN_ATTENTION
     assert not shapes(linear.mixer.norms)
     assert shapes(linear.ffn) == {
         "gate_proj.weight": (18944, 3584),
@@ -239,18 +242,9 @@ def test_intra_layer_hybrids_have_one_structure(
 
 def test_spikingbrain_76b_has_the_published_tensors(spikingbrain_76b: CausalLM) -> None:
     model, config = spikingbrain_76b, spikingbrain_76b.config
-    attention = {
-        "q_proj.weight": (3584, 3584),
-        "q_proj.bias": (3584,),
-        "k_proj.weight": (512, 3584),
-        "k_proj.bias": (512,),
-        "v_proj.weight": (512, 3584),
-        "v_proj.bias": (512,),
-        "o_proj.weight": (3584, 3584),
-    }
     dense, mixture = layers(model)[6], layers(model)[13]
-    assert shapes(dense.mixer.branches["full"]) == attention
-    assert shapes(mixture.mixer.branches["linear"]) == attention | {"g_norm.weight": (128,)}
+    assert shapes(dense.mixer.branches["full"]) == QWEN_ATTENTION
+    assert shapes(mixture.mixer.branches["linear"]) == QWEN_ATTENTION | {"g_norm.weight": (128,)}
     assert shapes(dense.mixer.norms) == {"linear.weight": (3584,), "full.weight": (3584,)}
     up, down = (18944, 3584), (3584, 18944)
     ffn = {"gate_proj.weight": up, "up_proj.weight": up, "down_proj.weight": down}
