@@ -19,7 +19,7 @@ from parallel.mesh import World, init_mesh
 from parallel.pipeline import ModelPart
 from parallel.recompute import Recompute, run_recomputed
 from parallel.sequence import SequenceContext
-from trainer.bench.memory import held_bytes
+from trainer.bench.memory import saved_bytes
 
 SINKS, TOKENS, LOSS_SCALE = 3, 41, 0.7
 DROPLESS = moe_config(num_experts=8, top_k=2, balance_loss=0.3, z_loss=0.02)
@@ -146,7 +146,7 @@ def measure_kept(world: World, config: MoEConfig, recompute: Recompute) -> tuple
     layer.experts.register_forward_pre_hook(lambda _, args: arrived.append(len(args[0])))
     x = torch.randn(1, 256, 64, requires_grad=True)
     layer(x, context)
-    return held_bytes(lambda: layer(x, context)) - x.nbytes, arrived[0]
+    return saved_bytes(lambda: layer(x, context), layer) - x.nbytes, arrived[0]
 
 
 @pytest.mark.parametrize("config", [DROPLESS, ALIGNED], ids=["dropless", "aligned"])
