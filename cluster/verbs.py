@@ -56,15 +56,17 @@ def train(tree: dict[str, Any]) -> int:
 
 
 def evaluate(tree: dict[str, Any]) -> int:
-    """Print the validation loss of a run's checkpoint."""
+    """Print what a suite measures of a run's checkpoint."""
     config = build(EvaluateConfig, tree)
     import torch
 
-    from trainer.evaluate import evaluate_run
+    from trainer.restore import restore_model
 
-    result = evaluate_run(config, torch.device("cpu"))
-    print(f"validation loss {result['val_loss']:.4f} nats/token")
-    print(f"{result['val_bits_per_byte']:.4f} bits/byte over {result['num_tokens']:,.0f} tokens")
+    restored = restore_model(config.run, torch.device("cpu"), spike=config.spike)
+    result = config.suite.evaluate(restored)
+    print(result.table())
+    if config.out is not None:
+        result.save(Path(config.out))
     return 0
 
 

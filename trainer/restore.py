@@ -1,12 +1,13 @@
 """A trained model from a run directory or one of its checkpoints, outside of training."""
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import yaml
 
-from conf.schema import Config, build
+from conf.schema import Config, SpikeConfig, build
 from models.causal_lm import CausalLM
 from trainer.checkpoint import resolve
 from trainer.model_state import load_weights
@@ -34,9 +35,15 @@ def find_run(path: str) -> tuple[Config, Path]:
     return build(Config, yaml.safe_load(file.read_text())), checkpoint
 
 
-def restore_model(path: str, device: torch.device) -> Restored:
-    """Build the model of a run and load its weights; see `find_run`."""
+def restore_model(path: str, device: torch.device, *, spike: SpikeConfig | None = None) -> Restored:
+    """Build the model of a run and load its weights; see `find_run`.
+
+    Args:
+        spike: spiking in place of the run's.
+    """
     config, checkpoint = find_run(path)
+    if spike is not None:
+        config = dataclasses.replace(config, spike=spike)
     model = CausalLM(
         config.model, config.spike, config.ops, dtype=getattr(torch, config.dtype)
     ).eval()

@@ -9,10 +9,11 @@ from helpers.models import compose_tree
 from helpers.runs import Faults, column, run, run_ranks, tiny
 
 from cluster.cli import run as run_here
-from conf.schema import ConvertConfig, EvaluateConfig, build
+from conf.schema import ConvertConfig, build
 from trainer.checkpoint import load_tensors, verify
 from trainer.convert import convert_run
-from trainer.evaluate import evaluate_run
+from trainer.evaluation.validation import ValidationSuite
+from trainer.restore import restore_model
 
 SINKS = "model.num_sinks=2"
 EXPERTS = (
@@ -40,7 +41,8 @@ def to_experts(dense: Path) -> list[str]:
 
 
 def val_loss(run_dir: Path) -> float:
-    return evaluate_run(EvaluateConfig(run=str(run_dir), max_sequences=5), CPU)["val_loss"]
+    suite = ValidationSuite(max_sequences=5)
+    return suite.evaluate(restore_model(str(run_dir), CPU)).rows[0]["val_loss"]
 
 
 def test_experts_of_a_dense_run_evaluate_and_train(dense, to_experts, tmp_path, capsys):

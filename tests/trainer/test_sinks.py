@@ -7,13 +7,13 @@ import torch
 from helpers.runs import column, run, run_ranks, tiny
 from safetensors.torch import load_file
 
-from conf.schema import EvaluateConfig, GenerateConfig
+from conf.schema import GenerateConfig
 from parallel.comm import Comm
 from parallel.layout import build_layout
 from parallel.mesh import Mesh
 from parallel.sequence import SequenceContext
 from trainer.checkpoint import export_safetensors
-from trainer.evaluate import evaluate_run
+from trainer.evaluation.validation import ValidationSuite
 from trainer.generate import generate
 from trainer.restore import restore_model
 
@@ -40,7 +40,9 @@ def test_partitioned_and_recomputed_sinks_equal_those_of_one_rank(folder: Path) 
     run_ranks(train(folder, "two", *split), folder)
     for key in ("loss", "grad_norm"):
         assert column(folder / "two", key) == pytest.approx(column(folder / "one", key), rel=1e-5)
-    found = evaluate_run(EvaluateConfig(run=str(folder / "two"), max_sequences=5), CPU)
+    found = (
+        ValidationSuite(max_sequences=5).evaluate(restore_model(str(folder / "two"), CPU)).rows[0]
+    )
     assert found["val_loss"] == pytest.approx(column(folder / "one", "val_loss")[-1], rel=1e-5)
 
 
