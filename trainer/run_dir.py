@@ -97,7 +97,7 @@ def _tree(value: Any) -> Any:
         cls = type(value)
         target = {"_target_": f"{cls.__module__}.{cls.__qualname__}"}
         fields = {f.name: _tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return fields if cls.__module__ == "conf.schema" else target | fields
+        return fields if cls.__module__.startswith("conf.schema.") else target | fields
     if isinstance(value, dict):
         return {key: _tree(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
