@@ -63,7 +63,7 @@ def evaluate(tree: dict[str, Any]) -> int:
     from trainer.restore import restore_model
 
     restored = restore_model(config.run, torch.device("cpu"), spike=config.spike)
-    result = config.suite.evaluate(restored)
+    result = config.suites[config.suite].evaluate(restored)
     print(result.table())
     if config.out is not None:
         result.save(Path(config.out))

@@ -21,12 +21,18 @@ from conf.schema.system import AcceleratorConfig
 class EvaluateConfig:
     run: str
     """Run directory, or one of its checkpoints."""
-    suite: Annotated[Any, extension("trainer.evaluation")]
-    """What to measure, a config class of trainer/evaluation."""
+    suite: str
+    """What to measure, one of `suites`."""
+    suites: dict[str, Annotated[Any, extension("trainer.evaluation")]]
+    """Settings of each suite, a config class of trainer/evaluation."""
     out: str | None = None
     """File for the rows as JSON, with figures beside it; null: print only."""
     spike: SpikeConfig | None = None
     """Spiking in place of the run's; null: as in the run."""
+
+    def __post_init__(self) -> None:
+        if self.suite not in self.suites:
+            raise ValueError(f"suite={self.suite} is none of {', '.join(sorted(self.suites))}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

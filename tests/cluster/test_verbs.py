@@ -32,7 +32,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_evaluate_gives_the_loss_of_the_last_evaluation(trained, capsys):
-    out = call(capsys, "evaluate", f"run={trained}", "suite.max_sequences=5")
+    out = call(capsys, "evaluate", f"run={trained}", "suites.validation.max_sequences=5")
     assert f"{column(trained, 'val_loss')[-1]:.4f}" in out
 
 

@@ -239,7 +239,7 @@ def test_run_moves_between_layouts(runs: Runs) -> None:
 
 def test_verbs_read_what_parts_wrote(runs: Runs) -> None:
     parts, folder = runs(Layout(pp=2, dp=2, ep=2, zero=1), *SIGMOID, *FULL), runs.folder
-    log = run(["evaluate", f"run={parts}", "suite.max_sequences=4"], folder)
+    log = run(["evaluate", f"run={parts}", "suites.validation.max_sequences=4"], folder)
     assert f"{column(parts, 'val_loss')[-1]:.4f}" in log
     texts = [
         run(["generate", f"run={path}", "prompt=axon", "max_new_tokens=8", "temperature=0"], folder)

@@ -1,4 +1,4 @@
-"""What `longaxon evaluate` measures: a suite per file, named by conf/suite/<suite>.yaml.
+"""What `longaxon evaluate` measures: a suite per file, named by conf/suites/<suite>.yaml.
 
 A suite's file holds its strict config class, whose `evaluate` does the work.
 """
