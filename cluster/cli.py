@@ -21,11 +21,13 @@ WRONG_CONFIG, INTERRUPTED = 2, 130
 
 VERBS: dict[str, tuple[Callable[[dict[str, Any]], int], str]] = {
     "train": (verbs.train, "train a model; the same command continues a run that was cut short"),
-    "evaluate": (verbs.evaluate, "loss of a run's checkpoint on its validation documents"),
+    "evaluate": (verbs.evaluate, "measure a run's checkpoint: perplexity, recall, spikes, lm-eval"),
     "generate": (verbs.generate, "stream text from a run's checkpoint"),
+    "inspect": (verbs.inspect, "show one token's spikes and integer products in one projection"),
     "report": (verbs.report, "write report.json and report.html of a run directory"),
     "export": (verbs.export, "write a checkpoint's weights as safetensors"),
-    "convert": (verbs.convert, "make experts of a run's dense FFNs, to start a new run from"),
+    "convert": (verbs.convert, "import a checkpoint, or remap a run's layers, to start a run from"),
+    "quantize": (verbs.quantize, "make INT8 of a run's weights, keys and values, for inference"),
     "bench": (verbs.bench, "measure, next to a peer where there is one"),
 }
 

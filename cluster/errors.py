@@ -11,9 +11,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from pydantic import ValidationError
 
+from conf.schema import StageError
+
 
 def describe(error: Exception, verb: str) -> str:
     """Return a message for a person; `verb` names the config the command was composed from."""
+    if isinstance(error, StageError):
+        return f"stages.{error.stage}: {describe(error.error, verb)}"
     if isinstance(error, ValidationError):
         defaults = _defaults(verb)
         lines = [line for item in error.errors() for line in _item_lines(item, (), defaults)]

@@ -18,8 +18,12 @@ logger = logging.getLogger(__name__)
 DONE, FAILED = 0, 3
 
 
-def launch(config: Config, accelerator: Accelerator) -> int:
-    """Run a checked config on the ranks of its launcher; return the exit code."""
+def launch(config: Config, accelerator: Accelerator, *, keeps_world: bool = False) -> int:
+    """Run a checked config on the ranks of its launcher; return the exit code.
+
+    Args:
+        keeps_world: ranks that exist already stay together for another run, see `leave_world`.
+    """
     is_synchronized = config.parallel.sync != "none"
     apply_environment(rank_environment(accelerator.deepspeed_name, is_synchronized=is_synchronized))
     if config.launcher.name == "ray":
@@ -28,10 +32,12 @@ def launch(config: Config, accelerator: Accelerator) -> int:
 
         return launch_on_ray(config, accelerator)
     world = World(0, 1, 0) if config.launcher.name == "inline" else read_world()
-    return run_rank(config, accelerator, world)
+    return run_rank(config, accelerator, world, keeps_world=keeps_world)
 
 
-def run_rank(config: Config, accelerator: Accelerator, world: World) -> int:
+def run_rank(
+    config: Config, accelerator: Accelerator, world: World, *, keeps_world: bool = False
+) -> int:
     """Train as one rank of the world; return the exit code.
 
     Raises:
@@ -79,9 +85,19 @@ def run_rank(config: Config, accelerator: Accelerator, world: World) -> int:
             trainer.recorder.fail(interrupted=isinstance(error, KeyboardInterrupt))
         raise
     finally:
-        if world.world_size > 1:  # a single rank may have another run to do, see init_mesh
+        if (
+            world.world_size > 1 and not keeps_world
+        ):  # a single rank may have another run to do, see init_mesh
             close_mesh()
     return DONE
+
+
+def leave_world() -> None:
+    """Part from the other ranks after runs that kept the world; one rank alone stays, as ever."""
+    from parallel.mesh import close_mesh
+
+    if read_world().world_size > 1:
+        close_mesh()
 
 
 def last_checkpoint(config: Config) -> str:

@@ -3,12 +3,12 @@
 Heavy packages are imported by the verb that needs them, so that a wrong key is refused at once.
 """
 
-import dataclasses
 import logging
 import sys
 from pathlib import Path
 from typing import Any
 
+from cluster.compose import compose_run
 from conf.schema import (
     BenchConfig,
     Config,
@@ -16,6 +16,8 @@ from conf.schema import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    InspectConfig,
+    QuantizeConfig,
     ReportConfig,
     build,
 )
@@ -24,35 +26,16 @@ logger = logging.getLogger(__name__)
 
 
 def train(tree: dict[str, Any]) -> int:
-    """Check the config, then train."""
-    config = build(Config, tree)
-    from cluster.accelerators import load_accelerator
-    from cluster.launch import FAILED, last_checkpoint, launch
-    from parallel.flight_recorder import CommunicationError
-    from parallel.mesh import read_world
-    from trainer.checks import check_config
-    from trainer.data import prepare
-    from trainer.run_dir import open_run_dir
+    """Check the config, then train: one run, or the stages of a chain."""
+    stages = tree.pop("stages", None)
+    if stages:
+        from cluster.train import train_stages
 
-    accelerator = load_accelerator(config.accelerator.name)
-    if config.dtype == "auto":
-        fast = accelerator.prefers_bfloat16()
-        config = dataclasses.replace(config, dtype="bfloat16" if fast else "float32")
-    env = config.launcher.name == "env"
-    check_config(
-        config, accelerator, read_world().world_size if env else config.launcher.num_workers
-    )
-    if not env or read_world().rank == 0:
-        config, run_dir, _lock = open_run_dir(config)
-        logger.info("run directory: %s", run_dir)
-    prepare(config.data)
-    try:
-        return launch(config, accelerator)
-    except CommunicationError:
-        return FAILED  # told by the rank
-    except Exception:
-        logger.exception("the run failed; last complete checkpoint: %s", last_checkpoint(config))
-        return FAILED
+        return train_stages(tree | {"stages": stages})
+    config = build(Config, tree)
+    from cluster.train import train_run
+
+    return train_run(config)
 
 
 def evaluate(tree: dict[str, Any]) -> int:
@@ -63,6 +46,7 @@ def evaluate(tree: dict[str, Any]) -> int:
     from trainer.restore import restore_model
 
     restored = restore_model(config.run, torch.device("cpu"), spike=config.spike)
+    restored.model.prepare_inference()
     result = config.suites[config.suite].evaluate(restored)
     print(result.table())
     if config.out is not None:
@@ -84,6 +68,18 @@ def generate(tree: dict[str, Any]) -> int:
     return 0
 
 
+def inspect(tree: dict[str, Any]) -> int:
+    """Print one token's spikes before one projection, and what they make of its weights."""
+    config = build(InspectConfig, tree)
+    import torch
+
+    from trainer.inspection import inspect_spikes
+
+    inspection = inspect_spikes(config, torch.device("cpu"))
+    print(inspection.text(config.channels, config.outputs))
+    return 0
+
+
 def report(tree: dict[str, Any]) -> int:
     """Write the reports of a run directory."""
     config = build(ReportConfig, tree)
@@ -97,28 +93,54 @@ def report(tree: dict[str, Any]) -> int:
 def export(tree: dict[str, Any]) -> int:
     """Write a checkpoint's weights as safetensors."""
     config = build(ExportConfig, tree)
-    import torch
+    from cluster.launch import FAILED
+    from trainer.checkpoint import CheckpointWriteError
+    from trainer.export import export_run
 
-    from trainer.checkpoint import export_safetensors, resolve, verify
-
-    path = resolve(Path(config.run))
-    verify(path)
-    print(export_safetensors(path, Path(config.out), getattr(torch, config.dtype)))
+    try:
+        print(export_run(config))
+    except CheckpointWriteError as error:
+        logger.error("%s", error)
+        return FAILED
     return 0
 
 
 def convert(tree: dict[str, Any]) -> int:
-    """Make a run directory to start another model from."""
+    """Make a run directory to start another model from, and say what it is made of."""
     config = build(ConvertConfig, tree)
+    imported = build(Config, compose_run())
     from cluster.launch import FAILED
     from trainer.checkpoint import CheckpointWriteError
     from trainer.convert import convert_run
 
     try:
-        print(convert_run(config))
+        converted = convert_run(config, imported)
     except CheckpointWriteError as error:
         logger.error("%s", error)
         return FAILED
+    if config.table:
+        print(converted.conversion.tensor_table() + "\n")
+    print(converted.conversion.summary_table())
+    print(converted.checkpoint)
+    return 0
+
+
+def quantize(tree: dict[str, Any]) -> int:
+    """Make a run directory in INT8 and print what that costs."""
+    config = build(QuantizeConfig, tree)
+    from cluster.launch import FAILED
+    from trainer.checkpoint import CheckpointWriteError
+    from trainer.quantize import quantize_run
+
+    try:
+        checkpoint, table = quantize_run(config)
+    except CheckpointWriteError as error:
+        logger.error("%s", error)
+        return FAILED
+    print(table.table())
+    if config.table is not None:
+        table.save(Path(config.table))
+    print(checkpoint)
     return 0
 
 

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conf.schema import LayerConfig, ModelConfig, OpsConfig, SpikeConfig
+from conf.schema import AdaptersConfig, LayerConfig, ModelConfig, OpsConfig, SpikeConfig
 from models.cache import MixerCache
-from models.layers import FFN, RMSNorm, SwiGLU
+from models.layers import FFN, HeadProjection, Projection, RMSNorm, SwiGLU, multiply
+from models.lora import adapters_of, add_adapters
 from models.mixers import Mixer
-from models.moe import MoE
-from models.spiking import spike_encoders
-from ops.cross_entropy import linear_cross_entropy
+from models.moe import Experts, MoE
+from models.spiking import set_loss_scale, set_spiking
+from ops.cross_entropy import linear_cross_entropy, linear_distillation
 from parallel.pipeline import ModelPart
 from parallel.recompute import Recompute, run_recomputed
 from parallel.sequence import SequenceContext
@@ -66,9 +67,31 @@ class Head(nn.Module):
         loss_sum, num_valid = linear_cross_entropy(x, weight, labels, impl=self.impl)
         return loss_sum, num_valid
 
+    def distill(
+        self,
+        x: torch.Tensor,
+        labels: torch.Tensor,
+        teacher: "Head",
+        teacher_x: torch.Tensor,
+        *,
+        share: float,
+        temperature: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return loss, cross entropy, divergence and labels; see `linear_distillation`."""
+        return linear_distillation(
+            x,
+            self.weight.to(x.dtype),
+            teacher_x,
+            teacher.weight.to(teacher_x.dtype),
+            labels,
+            share=share,
+            temperature=temperature,
+            impl="reference" if self.impl == "reference" else None,
+        )
+
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return [..., vocab] logits."""
-        return F.linear(x, self.weight.to(x.dtype))
+        return multiply(x, self.weight.to(x.dtype))
 
 
 class ParallelMixers(nn.Module):
@@ -151,7 +174,12 @@ class Layer(nn.Module):
         context: SequenceContext,
         cache: dict[str, MixerCache] | None = None,
     ) -> torch.Tensor:
-        mixed = self.mixer(self.mixer_norm(x), context, cache)
+        return self.add_ffn(x, self.mixer(self.mixer_norm(x), context, cache), context)
+
+    def add_ffn(
+        self, x: torch.Tensor, mixed: torch.Tensor, context: SequenceContext
+    ) -> torch.Tensor:
+        """Return what leaves the layer, from what entered it and what the mixer made of that."""
         if self.recomputes_ffn:
             x = x + mixed
             return x + run_recomputed(lambda h: self.ffn(self.ffn_norm(h), context), x)
@@ -174,6 +202,7 @@ class CausalLM(nn.Module):
         dtype: compute dtype; parameters are float32.
         recompute: what runs again in the backward pass.
         part: what of the model this is; names of parameters do not depend on it.
+        adapters: low-rank adapters of projections.
     """
 
     def __init__(
@@ -185,6 +214,7 @@ class CausalLM(nn.Module):
         dtype: torch.dtype = torch.float32,
         recompute: Recompute = KEEP_ALL,
         part: ModelPart = WHOLE,
+        adapters: AdaptersConfig | None = None,
     ) -> None:
         super().__init__()
         self.config, self.ops = config, ops
@@ -206,9 +236,10 @@ class CausalLM(nn.Module):
             self.head = Head(size, config.vocab_size, ops.cross_entropy)
             if is_tied:
                 self.head.weight = self.embed.weight
-        for name, encoder in spike_encoders(self).items():
-            # Routed experts have rows by expert: those of sinks are not the first ones.
-            encoder.num_sinks = 0 if ".experts." in name else config.num_sinks
+        if adapters is not None:
+            add_adapters(self, adapters, is_whole=part == WHOLE)
+        self.has_rate_loss = spike.rate_weight > 0
+        set_spiking(self, spike, num_sinks=config.num_sinks, is_whole=part == WHOLE)
 
     @property
     def tied(self) -> nn.Parameter | None:
@@ -234,7 +265,21 @@ class CausalLM(nn.Module):
                 the part before this one.
             labels: int64 [1, T], the token that follows each, -100 where none.
         """
-        x, context = self._begin(tokens, context)
+        if not self.part.has_head:
+            return self._run(tokens, context)
+        loss_sum, num_valid = self.head(self.hidden(tokens, context), labels)
+        return loss_sum, num_valid
+
+    def hidden(self, tokens: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+        """Return what the head reads of the tokens of packed documents, [1, T, E] from [1, T]."""
+        hidden: torch.Tensor = self.norm(self._run(tokens, context)[:, self.config.num_sinks :])
+        return hidden
+
+    def _run(self, tokens: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+        """Return the rows [1, S + T, E] that leave the last layer that is here."""
+        x, context = self.begin(tokens, context)
+        if self.has_rate_loss:
+            set_loss_scale(self, context.aux_loss_scale)
         for name, layer in self.named_layers():
             here = context.at(layer=name)
             if self.recompute.layers == "full":
@@ -242,12 +287,9 @@ class CausalLM(nn.Module):
                 x = run_recomputed(layer, x, here, memory=here.memory)
             else:
                 x = layer(x, here)
-        if not self.part.has_head:
-            return x
-        loss_sum, num_valid = self.head(self.norm(x[:, self.config.num_sinks :]), labels)
-        return loss_sum, num_valid
+        return x
 
-    def _begin(
+    def begin(
         self, tokens: torch.Tensor, context: SequenceContext
     ) -> tuple[torch.Tensor, SequenceContext]:
         """Return the rows of the sinks and of the tokens, and the context that knows of them."""
@@ -256,6 +298,19 @@ class CausalLM(nn.Module):
             return x, context
         context = dataclasses.replace(context, num_sinks=self.config.num_sinks)
         return x if self.sinks is None else self.sinks(x), context
+
+    def prepare_inference(self) -> None:
+        """Round the matrices to the compute dtype, once and for all instead of at every token.
+
+        What comes out stays the same bit for bit; the model cannot be trained any more.
+        """
+        kinds = Projection | HeadProjection | Embedding | Head | Experts
+        for module in self.modules():
+            if isinstance(module, kinds) and getattr(module, "adapter", None) is None:
+                for weight in module.parameters(recurse=False):
+                    if weight.dim() > 1:
+                        weight.data = weight.data.to(self.embed.dtype)
+        self.requires_grad_(False)
 
     def new_cache(self) -> list[dict[str, MixerCache]]:
         """Return an empty decoding cache: per layer, one entry per mixer."""
@@ -268,7 +323,7 @@ class CausalLM(nn.Module):
         self, tokens: torch.Tensor, context: SequenceContext, cache: list[dict[str, MixerCache]]
     ) -> torch.Tensor:
         """Read a prompt [1, T] into an empty cache; return the last token's logits [1, vocab]."""
-        x, context = self._begin(tokens, context)
+        x, context = self.begin(tokens, context)
         for (_, layer), entry in zip(self.named_layers(), cache, strict=True):
             x = layer(x, context, entry)
         return self.head.logits(self.norm(x[:, -1]))
@@ -309,6 +364,13 @@ class CausalLM(nn.Module):
                 for _, mixer in layer.mixer.named_branches():
                     mixer.reset(std, out_std)
                 layer.ffn.reset(std, out_std)
+        self.reset_adapters(seed)
+
+    def reset_adapters(self, seed: int) -> None:
+        """Draw adapters that add nothing yet; they depend on the seed and on names alone."""
+        for name, _, adapter in adapters_of(self):
+            with seeded(seed, f"{name}.adapter"):
+                adapter.reset()
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 else is copied. MoE upcycling follows eq. 15-18 of arXiv:2509.05276.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -13,6 +13,9 @@ from conf.schema import ModelConfig, MoEConfig
 from models.causal_lm import CausalLM, Layer, layer_list, seeded
 from models.layers import SwiGLU
 from models.moe import MoE
+
+ROTARY = ("rope_theta", "rope_scaling")
+"""Settings that all softmax attention of a converted layer shares with that before."""
 
 
 @dataclass(frozen=True)
@@ -22,20 +25,29 @@ class Recipe:
     Attributes:
         make: from the tensors of the old model that `sources` names, in this order.
         copies: the result is repeated so often in a new first dimension; None: it stays as it is.
+        is_new: its parameters are none of the old model's, even if those decide where they begin.
     """
 
     sources: tuple[str, ...]
     make: Callable[..., torch.Tensor]
     copies: int | None = None
+    is_new: bool = False
+
+    @property
+    def origin(self) -> Literal["copied", "transformed", "new"]:
+        """Where the tensor comes from."""
+        if self.is_new:
+            return "new"
+        return "copied" if self.make is _same and self.copies is None else "transformed"
 
 
 class Conversion(Protocol):
-    """Knows how a part of a layer becomes one of another kind."""
+    """Knows how a part of a model becomes one of another kind."""
 
-    def recipes(self, name: str, old: Layer, new: Layer) -> dict[str, Recipe]:
-        """Return the recipes of what it makes in this layer, by names as `<name>.ffn...`.
+    def recipes(self, old: CausalLM, new: CausalLM) -> dict[str, Recipe]:
+        """Return the recipes of what it makes, by the names of the new model.
 
-        There are none where it does not apply. The models may be on the meta device.
+        There are none where it does not apply. The models are on the meta device.
         """
 
 
@@ -70,8 +82,15 @@ class Upcycling:
     router_std: float
     seed: int
 
-    def recipes(self, name: str, old: Layer, new: Layer) -> dict[str, Recipe]:
+    def recipes(self, old: CausalLM, new: CausalLM) -> dict[str, Recipe]:
         """See `Conversion`."""
+        layers, made = dict(old.named_layers()), dict[str, Recipe]()
+        for name, layer in new.named_layers():
+            if name in layers:
+                made |= self._upcycle(name, layers[name], layer)
+        return made
+
+    def _upcycle(self, name: str, old: Layer, new: Layer) -> dict[str, Recipe]:
         if not isinstance(old.ffn, SwiGLU) or not isinstance(new.ffn, MoE):
             return {}
         config, ffn = new.ffn.config, f"{name}.ffn"
@@ -79,7 +98,7 @@ class Upcycling:
         scale = upcycling_scale(config)
         draw = partial(self._draw_router, ffn, new.ffn.router.weight.shape)
         made = {
-            f"{ffn}.router.weight": Recipe((), draw),
+            f"{ffn}.router.weight": Recipe((), draw, is_new=True),
             f"{ffn}.router.load": Recipe((), partial(torch.full, (num_experts,), 1 / num_experts)),
             f"{ffn}.router.bias": Recipe((), partial(torch.zeros, num_experts)),
         }
@@ -109,35 +128,54 @@ def upcycling_scale(config: MoEConfig) -> float:
     return float((config.num_shared_experts + (1 if config.normalize else share)) ** (-1 / 3))
 
 
+def copy_of(name: str) -> Recipe:
+    """Return the recipe of a tensor that is another one as it is."""
+    return Recipe((name,), _same)
+
+
 def plan_conversion(
-    old: CausalLM, new: CausalLM, conversions: Sequence[Conversion]
+    old: CausalLM,
+    new: CausalLM,
+    conversions: Sequence[Conversion],
+    *,
+    changes_settings: bool = False,
 ) -> dict[str, Recipe]:
     """Return the recipe of every parameter and buffer of `new`.
 
     What no conversion makes is copied, and must be the same in both models. Only shapes are looked
     at: build the models on the meta device.
 
+    Args:
+        changes_settings: settings of mixers that no weight shows, such as a window's size, may be
+            others than they were.
+
     Raises:
         ValueError: names, shapes or settings that do not match, all of them.
     """
     given, wanted = _tensors(old), _tensors(new)
-    layers, made = dict(old.named_layers()), dict[str, Recipe]()
-    for name, layer in new.named_layers():
-        for conversion in conversions if name in layers else ():
-            made |= conversion.recipes(name, layers[name], layer)
+    made = dict[str, Recipe]()
+    for conversion in conversions:
+        made |= conversion.recipes(old, new)
     used = {source for recipe in made.values() for source in recipe.sources}
-    recipes = {name: Recipe((name,), _same) for name in wanted if name in given} | made
+    recipes = {
+        name: made[name] if name in made else copy_of(name)
+        for name in wanted
+        if name in made or name in given
+    }
     problems = [f"missing: {name}" for name in wanted if name not in recipes]
     problems += [f"unexpected: {name}" for name in given if name not in wanted.keys() | used]
     for name, recipe in recipes.items():
         shape = _shape(recipe, given)
         if shape != wanted[name].shape:
             problems.append(f"shape: {name} would be {list(shape)}, not {list(wanted[name].shape)}")
-    problems += _changed_settings(old.config, new.config)
+    if old.config.norm_eps != new.config.norm_eps:
+        problems.append(f"norm_eps: {new.config.norm_eps} was {old.config.norm_eps}")
+    problems += [] if changes_settings else _changed_settings(old.config, new.config)
     if problems:
         raise ValueError(
-            "model differs from the run's by more than dense FFNs that become mixtures of experts "
-            "of their width; let it be the same in:\n  " + "\n  ".join(problems)
+            "model differs from the source's by more than attention that becomes other mixers and "
+            "dense FFNs that become mixtures of experts of their width; let it be the same in:\n  "
+            + "\n  ".join(problems)
         )
     return recipes
 
@@ -160,13 +198,17 @@ def _shape(recipe: Recipe, given: dict[str, torch.Tensor]) -> torch.Size:
     return shape if recipe.copies is None else torch.Size([recipe.copies, *shape])
 
 
-def _changed_settings(old: ModelConfig, new: ModelConfig) -> Iterator[str]:
-    """Yield the settings that no weight shows and that differ."""
-    if old.norm_eps != new.norm_eps:
-        yield f"norm_eps: {new.norm_eps} was {old.norm_eps}"
-    used = {name for layer in layer_list(new) for name in layer.mixers}
-    for name in sorted(used & old.mixers.keys()):
-        before, after = asdict(old.mixers[name]), asdict(new.mixers[name])
-        for key in sorted(before.keys() | after.keys()):
-            if before.get(key) != after.get(key):
-                yield f"mixers.{name}.{key}: {after.get(key)} was {before.get(key)}"
+def _changed_settings(old: ModelConfig, new: ModelConfig) -> list[str]:
+    """Return the settings of mixers that no weight shows and that differ."""
+    changed = dict[str, None]()
+    for before, after in zip(layer_list(old), layer_list(new), strict=False):
+        for name in after.mixers:
+            source = name if name in before.mixers else before.mixers[0]
+            was, is_now = (asdict(c.mixers[n]) for c, n in ((old, source), (new, name)))
+            keys = was.keys() | is_now.keys() if source == name else ROTARY
+            if type(old.mixers[source]) is not type(new.mixers[name]):
+                continue  # other mixers have other settings
+            for key in sorted(keys):
+                if was.get(key) != is_now.get(key):
+                    changed[f"mixers.{name}.{key}: {is_now.get(key)} was {was.get(key)}"] = None
+    return list(changed)

@@ -35,6 +35,18 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, residual=residual, impl=self.impl)
 
 
+class WeightAdapter(nn.Module, ABC):
+    """Puts another matrix in place of a projection's weight."""
+
+    @abstractmethod
+    def merge(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the matrix that stands for a weight [out, in]."""
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return `multiply` of x [..., in] and that matrix."""
+
+
 class Projection(nn.Module):
     """A linear map of an activation or of spikes: W x + b, or threshold (W count) + b."""
 
@@ -42,13 +54,20 @@ class Projection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.adapter: WeightAdapter | None = None
+
+    def matrix(self) -> torch.Tensor:
+        """Return what is multiplied by, [out, in]: the weight, with the adapter in it."""
+        return self.weight if self.adapter is None else self.adapter.merge(self.weight)
 
     def forward(self, x: Activation) -> torch.Tensor:
-        if isinstance(x, Spikes):
-            out = F.linear(x.count, self.weight.to(x.count.dtype))
-            out = out * x.threshold.to(out.dtype)
+        values = x.count if isinstance(x, Spikes) else x
+        if self.adapter is None:
+            out = multiply(values, self.weight.to(values.dtype))
         else:
-            out = F.linear(x, self.weight.to(x.dtype))
+            out = self.adapter(values, self.weight)
+        if isinstance(x, Spikes):
+            out = out * x.threshold.to(out.dtype)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def reset(self, std: float) -> None:
@@ -56,6 +75,20 @@ class Projection(nn.Module):
         nn.init.normal_(self.weight, std=std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+class HeadProjection(nn.Module):
+    """A linear map of each head for itself: [..., H * D_in] -> [..., H, D_out]."""
+
+    def __init__(self, num_heads: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, out_features, in_features))
+
+    def forward(self, x: Activation) -> torch.Tensor:
+        values = x.count if isinstance(x, Spikes) else x
+        heads = values.unflatten(-1, (self.weight.shape[0], -1))
+        out = torch.einsum("...hi,hoi->...ho", heads, self.weight.to(values.dtype))
+        return out * x.threshold.to(out.dtype)[..., None] if isinstance(x, Spikes) else out
 
 
 class FFN(nn.Module, ABC):
@@ -120,6 +153,13 @@ class SwiGLU(FFN):
         return projection_weights(self)
 
 
+def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return x weight^T, [..., out]; one row alone as a vector, which costs half on a CPU."""
+    if x.numel() == x.shape[-1]:
+        return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
 def project_product(
     product: Callable[[], Activation],
     down: Callable[[Activation], torch.Tensor],
@@ -140,4 +180,5 @@ def project_product(
 
 def projection_weights(module: nn.Module) -> int:
     """Return the weights of all projections in a module; biases and norms count nothing."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, Projection))
+    kinds = Projection | HeadProjection
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, kinds))

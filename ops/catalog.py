@@ -3,6 +3,7 @@
 import ops.attention
 import ops.cross_entropy
 import ops.delta_rule
+import ops.int8_linear
 import ops.linear_attention
 import ops.moe
 import ops.rms_norm
@@ -23,4 +24,5 @@ OPERATORS: dict[str, tuple[Implementation, ...]] = {
     "swiglu": ops.swiglu.IMPLEMENTATIONS,
     "short_conv": ops.short_conv.IMPLEMENTATIONS,
     "moe": ops.moe.IMPLEMENTATIONS,
+    "int8_linear": ops.int8_linear.IMPLEMENTATIONS,
 }

@@ -43,7 +43,11 @@ class MicroBatch(NamedTuple):
 
 
 class Engine:
-    """A model and its optimizer under DeepSpeed."""
+    """A model and its optimizer under DeepSpeed.
+
+    Parameters without a gradient stay as they are: they have no moments and are not partitioned.
+    `lesson`, a module that holds the model, runs in its place.
+    """
 
     def __init__(
         self,
@@ -55,6 +59,7 @@ class Engine:
         comm: Comm,
         grad_accum_steps: int,
         micro_batch_size: int,
+        lesson: nn.Module | None = None,
     ) -> None:
         self.comm, self.recorder, self.mesh = comm, comm.recorder, comm.mesh
         self.zero_stage = parallel.zero_stage
@@ -68,7 +73,7 @@ class Engine:
         config = _deepspeed_config(parallel, optim, self.mesh, grad_accum_steps, micro_batch_size)
         with self._watch("start of DeepSpeed"):
             self._engine, *_ = deepspeed.initialize(
-                model=self._prepare(model),
+                model=self._prepare(model) if lesson is None else lesson,
                 optimizer=optimizer,
                 config=config,
                 dist_init_required=False,
@@ -133,7 +138,7 @@ class Engine:
             The global L2 norm of the gradient before clipping, and whether weights were updated.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         norm = self._clip() if self.zero_stage == 0 else math.nan
         with self._watch("optimizer step"):
             self._engine.step()
@@ -176,7 +181,7 @@ class Engine:
         return loss_sum, num_valid
 
     def full_state(self) -> Iterator[tuple[str, nn.Parameter, dict[str, torch.Tensor]]]:
-        """Yield of every parameter here its name, itself, and its float32 value and moments.
+        """Yield of every parameter here its name, itself, its float32 value and moments, if any.
 
         They are whole, but for experts, of which each rank has its own. A collective under ZeRO:
         every rank must run through all of it, one parameter at a time.
@@ -200,7 +205,8 @@ class Engine:
             state["step"].fill_(step)
         if self.zero_stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self.model.named_parameters():
+        trained = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+        for name, parameter in trained:
             for moment in MOMENTS:
                 value = moments(moment, name, parameter)
                 if self.zero_stage == 0:
@@ -220,6 +226,8 @@ class Engine:
         return self.recorder.watch(f"{what} (DeepSpeed, ZeRO {self.zero_stage})", is_pure=False)
 
     def _full_tensors(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        if not parameter.requires_grad:
+            return {"model": parameter.detach()}
         if self.zero_stage == 0:
             state = self._optimizer.state[parameter]
             return {"model": parameter.detach(), **{moment: state[moment] for moment in MOMENTS}}

@@ -46,7 +46,7 @@ class PipelinedEngine(Engine):
 
     def step(self, lr: float) -> tuple[float, bool]:
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         norm = self._clip()
         with self._watch("optimizer step"):
             self._engine._exec_optimizer_step()

@@ -49,7 +49,7 @@ class CheckpointStore:
     def begin(self, step: int) -> Path:
         """Make an empty working folder and remove what cut-short saves have left (rank 0)."""
         working = self._path(step, "tmp")
-        with _writing(working, 0, working, self._intact()):
+        with writing(working, 0, working, self._intact()):
             self._remove_leftovers()
             working.mkdir(parents=True)
         return working
@@ -58,10 +58,10 @@ class CheckpointStore:
         """Write the tensors of rank `index`, whose names no other rank may hold."""
         working = self._path(step, "tmp")
         path = working / _SHARD.format(index)
-        with _writing(path, sum(t.nbytes for t in tensors.values()), working, self._intact()):
+        with writing(path, sum(t.nbytes for t in tensors.values()), working, self._intact()):
             if not working.is_dir():
                 raise FileNotFoundError("rank 0's folder is not visible, or another rank failed")
-            _save_tensors(path, tensors)
+            save_tensors(path, tensors)
             entry = _flush(path)
         self._write_json(path.with_suffix(".json"), entry)
 
@@ -84,14 +84,14 @@ class CheckpointStore:
         manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
         self._write_json(working / _MANIFEST, manifest)
         load_tensors(working)  # Raises if a shard is missing or holds a tensor of another one.
-        with _writing(final, 0, working, self._intact()):
+        with writing(final, 0, working, self._intact()):
             for path in reports:
                 path.unlink()
-            _fsync(working)
+            fsync(working)
             if final.exists():
                 final.rename(self._path(step, "replaced"))
             working.rename(final)
-            _fsync(self.folder)
+            fsync(self.folder)
         self._remove_leftovers()
         kept = [old for old in self.steps() if old <= step][-self.keep :]
         for old, path in self._folders().items():
@@ -129,7 +129,7 @@ class CheckpointStore:
 
     def _write_json(self, path: Path, value: dict[str, Any]) -> dict[str, Any]:
         content = json.dumps(value, indent=1).encode()
-        with _writing(path, len(content), path.parent, self._intact()):
+        with writing(path, len(content), path.parent, self._intact()):
             path.write_bytes(content)
             return _flush(path)
 
@@ -183,50 +183,8 @@ def resolve(path_or_run: Path | str) -> Path:
     return latest
 
 
-def export_safetensors(
-    checkpoint: Path, out_folder: Path, dtype: torch.dtype, *, max_shard_bytes: int = 5 * 10**9
-) -> Path:
-    """Write the weights alone, cast to float32 or bfloat16, under Hugging Face's file names.
-
-    `out_folder` must be absent or empty and appears when all is written. Above `max_shard_bytes`
-    the weights are split between tensors into several files with an index.
-    """
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype={dtype} cannot be exported; use torch.float32 or torch.bfloat16")
-    if out_folder.exists() and any(out_folder.iterdir()):
-        raise ValueError(f"{out_folder} is not empty; name a folder that is absent or empty")
-    tensors = load_tensors(checkpoint)
-    groups: list[list[str]] = [[]]
-    room, total_size = max_shard_bytes, 0
-    for name in (name for name in tensors if name.startswith("model/")):
-        size = tensors.shapes[name].numel() * dtype.itemsize
-        if groups[-1] and size > room:
-            groups.append([])
-            room = max_shard_bytes
-        groups[-1].append(name.removeprefix("model/"))
-        room, total_size = room - size, total_size + size
-    working = out_folder.absolute().with_name(f".{out_folder.absolute().name}.tmp")
-    with _writing(out_folder, total_size, working, f"the checkpoint {checkpoint} is intact"):
-        shutil.rmtree(working, ignore_errors=True)
-        working.mkdir(parents=True)
-        weight_map: dict[str, str] = {}
-        for number, keys in enumerate(groups, start=1):
-            suffix = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
-            path = working / f"model{suffix}.safetensors"
-            _save_tensors(path, {key: tensors.get(f"model/{key}").to(dtype) for key in keys})
-            weight_map |= dict.fromkeys(keys, path.name)
-        if len(groups) > 1:
-            index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-            (working / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        for path in (*working.iterdir(), working):
-            _fsync(path)
-        working.replace(out_folder)
-        _fsync(working.parent)
-    return out_folder
-
-
 @contextmanager
-def _writing(path: Path, num_bytes: int, working: Path, intact: str) -> Iterator[None]:
+def writing(path: Path, num_bytes: int, working: Path, intact: str) -> Iterator[None]:
     """Turn a failure to write `path` into an error a user can act on, and free the space."""
     try:
         yield
@@ -239,7 +197,8 @@ def _writing(path: Path, num_bytes: int, working: Path, intact: str) -> Iterator
         ) from error
 
 
-def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write one safetensors file that whoever may read its folder may read."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, path, metadata={"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)  # save_file leaves it to its owner alone
@@ -248,13 +207,14 @@ def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def _flush(path: Path) -> dict[str, Any]:
     """Hash a file just written, from memory, while it goes to the disk; return size and hash."""
     with ThreadPoolExecutor(max_workers=1) as pool:
-        flushed = pool.submit(_fsync, path)
+        flushed = pool.submit(fsync, path)
         entry = {"size": path.stat().st_size, "sha256": _digest(path)}
         flushed.result()
     return entry
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,30 +1,48 @@
 """Checks across sections of a config, all made before any process or device is touched."""
 
 import math
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 
-from conf.schema import Config
+from conf.schema import Config, ModelConfig
+from models.causal_lm import CausalLM
 from ops.catalog import OPERATORS
 from ops.registry import explain
 from trainer.accelerator import Accelerator
-from trainer.checkpoint import resolve, verify
+from trainer.checkpoint import resolve
+from trainer.checks_objective import check_objective
 from trainer.checks_parallel import check_parallel
 from trainer.data import check_data, load_tokenizer
+from trainer.restore import has_integers
 
 
-def check_config(config: Config, accelerator: Accelerator, world_size: int) -> None:
+def check_config(
+    config: Config,
+    accelerator: Accelerator,
+    world_size: int,
+    *,
+    later: Mapping[str, ModelConfig] | None = None,
+) -> None:
     """Refuse what cannot run on `world_size` ranks of `accelerator`.
+
+    Args:
+        later: models of runs that will have been made when this one starts, by run directory.
 
     Raises:
         ValueError: names the key, its value, what is required and a value that would work.
     """
-    _check_model(config)
+    if config.quantization is not None:
+        raise ValueError(
+            "quantization is set, and weights in INT8 cannot be trained; use quantization=null"
+        )
+    check_model(config)
+    _check_spikes(config)
     check_parallel(config, world_size)
     _check_optim(config)
     _check_device(config, accelerator)
-    _check_resume(config)
+    _check_starts(config, later or {})
+    check_objective(config, world_size, later or {})
     check_data(config.data)
     tokenizer = load_tokenizer(config.data.tokenizer)
     if config.model.vocab_size < tokenizer.vocab_size:
@@ -35,7 +53,8 @@ def check_config(config: Config, accelerator: Accelerator, world_size: int) -> N
         )
 
 
-def _check_model(config: Config) -> None:
+def check_model(config: Config) -> None:
+    """Refuse layers that name mixers or FFNs that are not there."""
     model = config.model
     for i, layer in enumerate(model.layers):
         for name in layer.mixers:
@@ -51,6 +70,19 @@ def _check_model(config: Config) -> None:
                 f"model.layers[{i}].ffn={layer.ffn!r} is not in model.ffns; use one of "
                 f"{', '.join(model.ffns) or 'none'}"
             )
+
+
+def _check_spikes(config: Config) -> None:
+    if config.spike.k_by_input:
+        with torch.device("meta"):
+            CausalLM(config.model, config.spike, config.ops)  # refuses patterns without a match
+    has_experts = any(ffn.moe is not None for ffn in config.model.ffns.values())
+    if config.spike.rate_weight and has_experts and config.model.num_sinks:
+        raise ValueError(
+            f"spike.rate_weight={config.spike.rate_weight} with experts and model.num_sinks="
+            f"{config.model.num_sinks}: experts cannot tell the sinks of each rank from tokens; "
+            "use spike.rate_weight=0 or model.num_sinks=0"
+        )
 
 
 def _check_optim(config: Config) -> None:
@@ -77,7 +109,12 @@ def _check_device(config: Config, accelerator: Accelerator) -> None:
         explain(op, table, accelerator.name, dtype, getattr(config.ops, op))
 
 
-def _check_resume(config: Config) -> None:
-    if config.run.resume not in ("auto", "never"):
-        path = resolve(Path(config.run.resume))
-        verify(path)
+def _check_starts(config: Config, later: Mapping[str, ModelConfig]) -> None:
+    for path in (config.run.resume, config.run.init_from):
+        if path not in ("auto", "never", None, *later):
+            checkpoint = resolve(str(path))
+            if has_integers(checkpoint):
+                raise ValueError(
+                    f"{path} holds weights in INT8, which cannot be trained; name the run that it "
+                    "was made from"
+                )

@@ -98,6 +98,14 @@ def render(name: str, size: tuple[float, float], draw: Callable[[Figure], None])
     return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
 
+def stand_alone(svg: str) -> str:
+    """Return an `<svg>` element of `render` as a file of its own, on a light page."""
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    style = ";".join(f"--{variable}:{color}" for variable, color in LIGHT.items())
+    font = "font-family:sans-serif;background:#ffffff"
+    return svg.replace("<svg ", f'<svg {names} style="{style};{font}" ', 1)
+
+
 def draw_line(axes: Axes, curve: Curve, color: str, width: float = 1.4, label: str = "") -> None:
     """Plot a curve, with dots where it has so few points that a line alone may not show them."""
     steps, values = _thinned(curve)

@@ -8,6 +8,8 @@ of the sinks themselves, which each rank computes once per micro batch whatever 
 nowhere.
 """
 
+import copy
+import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -73,6 +75,23 @@ class FlopCounter:
             for layer in self.layers
         ]
         return layers, 2.0 * self.head_weights * seq_len
+
+    def forward(self, doc_lengths: Sequence[int]) -> float:
+        """Return the model FLOPs of a forward pass over the documents."""
+        return sum(self.training(doc_lengths).values()) / 3
+
+    def part(self, layers: Sequence[int], mixers: Sequence[int]) -> "FlopCounter":
+        """Return the counter of these layers, of some of which the mixers alone; not of the head.
+
+        Nothing of it is recomputed.
+        """
+        part = copy.copy(self)
+        part.recomputes_layers, part.head_weights = False, 0
+        part.layers = [self.layers[i] for i in layers] + [
+            dataclasses.replace(self.layers[i], ffn_weights=0, ffn_hardware_weights=0.0)
+            for i in mixers
+        ]
+        return part
 
     def training(self, doc_lengths: Sequence[int], *, hardware: bool = False) -> dict[str, float]:
         """Return the FLOPs of forward and backward over the documents, by kind of layer.

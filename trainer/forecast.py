@@ -1,14 +1,16 @@
 """Predicts what a run sends, by walking the layer list with the formulas of `parallel.cost`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
 
 from conf.schema import MoEConfig, ParallelConfig
-from models.causal_lm import CausalLM
+from models.causal_lm import CausalLM, Layer
+from models.mixers import Mixer
 from models.moe import MoE
+from models.teaching import AttentionTransfer, Lesson
 from parallel.comm import Comm
 from parallel.cost import Key, SequenceCost, Traffic, expert_traffic, zero_traffic
 from parallel.expert import is_expert
@@ -30,12 +32,16 @@ class Forecast:
         parallel: ParallelConfig,
         dtype: torch.dtype,
         comm: Comm,
+        lesson: Lesson | None = None,
     ) -> None:
         self._parallel, self._itemsize = parallel, dtype.itemsize
         self._ledger, self._mesh = comm.ledger, comm.mesh
         self._row_bytes = model.config.hidden_size * dtype.itemsize
         self._num_sinks = model.config.num_sinks
         self._tied = 0 if model.tied is None else model.tied.numel()
+        self._recomputes_mixers = parallel.recompute == "full" and not isinstance(
+            lesson, AttentionTransfer
+        )
         groups = [group["params"] for group in optimizer.param_groups]
         shared_out = [[is_expert(p) and comm.mesh.ep.size > 1 for p in group] for group in groups]
         self._groups: dict[bool, list[list[int]]] = {}
@@ -46,10 +52,16 @@ class Forecast:
                 for group, marks in zip(groups, shared_out, strict=True)
             ]
         layers = [layer for _, layer in model.named_layers()]
-        self._mixers = [m for layer in layers for _, m in layer.mixer.named_branches()]
+        self._mixers = {"all": _mixers(layers), "learning": _mixers(layers), "known": []}
+        """Those that an evaluation runs; those that a step differentiates; the teacher's."""
+        if lesson is not None:
+            self._mixers |= {
+                "learning": _mixers(lesson.learning_layers()),
+                "known": _mixers(lesson.known_layers()),
+            }
         moe = [layer.ffn for layer in layers if isinstance(layer.ffn, MoE)]
         self._moe = [(ffn, ffn.expert_weights()) for ffn in moe if comm.mesh.ep.size > 1]
-        self._last: tuple[SequenceLayout, dict[str, Traffic]] | None = None
+        self._last: tuple[SequenceLayout, dict[str, dict[str, Traffic]]] | None = None
 
     def add_step(
         self, layouts: Sequence[SequenceLayout], experts: HotExperts, *, applied: bool
@@ -61,8 +73,9 @@ class Forecast:
             experts: what the step has asked of them, and their copies.
         """
         for layout in layouts:
-            self._add_pass("forward", layout)
-            self._add_pass("backward", layout)
+            self._add_pass("forward", layout, "learning")
+            self._add_pass("backward", layout, "learning")
+            self._add_pass("forward", layout, "known")
         self._add_experts(layouts, experts, is_step=True)
         for is_shared, axis in ((False, self._mesh.stage), (True, self._mesh.edp)):
             traffic = zero_traffic(
@@ -87,15 +100,17 @@ class Forecast:
             experts: what they have asked of them.
         """
         for layout in layouts:
-            self._add_pass("forward", layout)
+            self._add_pass("forward", layout, "all")
         self._add_experts(layouts, experts, is_step=False)
 
-    def _add_pass(self, direction: Literal["forward", "backward"], layout: SequenceLayout) -> None:
+    def _add_pass(
+        self, direction: Literal["forward", "backward"], layout: SequenceLayout, mixers: str
+    ) -> None:
         """Predict one pass over the tokens of a layout, but for what depends on the routers."""
         if self._last is None or self._last[0] != layout:
             # The backward pass follows the forward pass of the same micro batch.
-            self._last = (layout, self._by_kind(layout))
-        for kind, traffic in self._last[1].items():
+            self._last = (layout, {key: self._by_kind(layout, key) for key in self._mixers})
+        for kind, traffic in self._last[1][mixers].items():
             self._enter(getattr(traffic, direction), kind)
             for axis, _ in getattr(traffic, direction) if self._parallel.sync == "barrier" else ():
                 self._ledger.predict(axis, "barrier", kind, 0)
@@ -153,12 +168,16 @@ class Forecast:
         for (axis, collective), num_bytes in sizes.items():
             self._ledger.predict(axis, collective, kind, num_bytes)
 
-    def _by_kind(self, layout: SequenceLayout) -> dict[str, Traffic]:
+    def _by_kind(self, layout: SequenceLayout, mixers: str) -> dict[str, Traffic]:
         parallel = self._parallel
         cost = SequenceCost(
-            layout, parallel.linear, self._itemsize, recompute=parallel.recompute == "full"
+            layout, parallel.linear, self._itemsize, recompute=self._recomputes_mixers
         )
         total: dict[str, Traffic] = {}
-        for mixer in self._mixers:
+        for mixer in self._mixers[mixers]:
             total[mixer.kind] = total.get(mixer.kind, Traffic()) + mixer.traffic(cost)
         return total
+
+
+def _mixers(layers: Iterable[Layer]) -> list[Mixer]:
+    return [mixer for layer in layers for _, mixer in layer.mixer.named_branches()]

@@ -13,6 +13,7 @@ from parallel.layout import build_layout
 from parallel.mesh import Mesh
 from parallel.sequence import SequenceContext
 from trainer.data import TextStream, load_tokenizer
+from trainer.data.chat import ChatEncoder
 from trainer.restore import restore_model
 
 logger = logging.getLogger(__name__)
@@ -25,13 +26,19 @@ def stream_text(config: GenerateConfig, device: torch.device) -> Iterator[str]:
         ValueError: no sound checkpoint, or an empty prompt.
     """
     run, model, checkpoint = restore_model(config.run, device)
+    model.prepare_inference()
     tokenizer = load_tokenizer(run.data.tokenizer)
-    prompt = [int(i) for i in tokenizer.encode(config.prompt)]
+    given = config.prompt
+    if config.chat and given:
+        chat = ChatEncoder(tokenizer, run.data.tokenizer, run.data.chat_template)
+        given = chat.prompt([{"role": "user", "content": given}])
+    prompt = [int(i) for i in tokenizer.encode(given)]
     if not prompt:
         raise ValueError("prompt='' has no token; give at least one character")
     logger.info("generating from %s", checkpoint)
     text = TextStream(tokenizer)
-    yield config.prompt
+    if not config.chat:
+        yield config.prompt
     start = time.perf_counter()
     tokens = generate(model, prompt, config, SequenceContext(
         build_layout(torch.tensor([0, len(prompt)], dtype=torch.int32)),

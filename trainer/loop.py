@@ -11,24 +11,26 @@ from typing import Any
 import torch
 
 from conf.schema import Config
-from models.causal_lm import CausalLM
+from models.causal_lm import WHOLE, CausalLM
+from models.io import is_foreign
 from models.moe import MoE, Routing
 from parallel.comm import Comm
-from parallel.engine import Engine, MicroBatch
+from parallel.engine import Engine
 from parallel.flight_recorder import FlightRecorder
 from parallel.hot_experts import HotExperts
-from parallel.layout import SequenceLayout, build_layout
 from parallel.ledger import Ledger
 from parallel.mesh import Mesh
+from parallel.pipeline import ModelPart
 from parallel.pipeline_engine import PipelinedEngine
 from parallel.recompute import Recompute
-from parallel.sequence import SequenceContext
 from trainer.accelerator import Accelerator
 from trainer.checkpoint import CheckpointStore, CheckpointWriteError, load_state, resolve
-from trainer.data import Batch, TokenDataset, micro_batches, prepare, validation_batches
+from trainer.data import Batch
+from trainer.feed import Feed
 from trainer.flops import FlopCounter, active_parameters, measure_peak_flops, parameters_by_kind
 from trainer.forecast import Forecast
 from trainer.model_state import load_moments, load_weights, own_shard
+from trainer.objective import StepFlops, build_lesson, freeze, load_teacher
 from trainer.optim import build_optimizer, learning_rate
 from trainer.partition import choose_part
 from trainer.profiler import StepProfiler
@@ -83,27 +85,20 @@ class Trainer:
         )
         self.profiler = StepProfiler(accelerator.synchronize)
 
-        folder, data = prepare(config.data), config.data
-        self.train_data = TokenDataset(folder, "train", data.seq_len, config.run.seed)
-        self.val_data = TokenDataset(folder, "val", data.seq_len, config.run.seed)
-
-        recompute = Recompute.of(config.parallel)
+        self.feed = Feed(config, self.comm)
         with torch.device("meta"):
-            whole = CausalLM(config.model, config.spike, config.ops, recompute=recompute)
-        self.flops = FlopCounter(whole)
-        model = CausalLM(
-            config.model,
-            config.spike,
-            config.ops,
-            dtype=self.dtype,
-            recompute=recompute,
-            part=choose_part(self.flops, config, mesh),
-        ).to(mesh.device)
+            whole = self._new_model(WHOLE)
+        flops = FlopCounter(whole)
+        model = self._new_model(choose_part(flops, config, mesh)).to(mesh.device)
         checkpoint = self._find_checkpoint()
         if checkpoint is None:
             model.reset_parameters(config.run.seed)
         else:
-            load_weights(model, checkpoint)
+            load_weights(model, checkpoint, seed=config.run.seed)
+        teacher = self._load_teacher()
+        freeze(model, config, teacher)
+        self.lesson = build_lesson(config, model, teacher, self.profiler.kind)
+        self.flops = StepFlops(flops, self.lesson)
         peak = measure_peak_flops(mesh.device, self.dtype)
         facts = RunFacts(
             parameters_by_kind(whole), active_parameters(whole), peak * mesh.world_size, accelerator
@@ -113,24 +108,16 @@ class Trainer:
         self.profiler.watch(model)
         optimizer = build_optimizer(model, config.optim)
         self.forecast = Forecast(
-            model, optimizer, parallel=config.parallel, dtype=self.dtype, comm=self.comm
+            model,
+            optimizer,
+            parallel=config.parallel,
+            dtype=self.dtype,
+            comm=self.comm,
+            lesson=self.lesson,
         )
-        grad_accum_steps = data.global_batch_size // (data.micro_batch_size * mesh.dp_size)
         # An evaluation counts the rows for each expert as well, and copies none.
         self.hot_experts, self.counted_experts = (
-            HotExperts(
-                {
-                    name: layer.ffn.experts.weights
-                    for name, layer in model.named_layers()
-                    if isinstance(layer.ffn, MoE) and mesh.ep.size > 1
-                },
-                hidden_size=config.model.hidden_size,
-                dtype=self.dtype,
-                max_copies=max_copies,
-                micro_batches=grad_accum_steps,
-                comm=self.comm,
-            )
-            for max_copies in (config.parallel.hot_experts, 0)
+            self._new_hot_experts(model, count) for count in (config.parallel.hot_experts, 0)
         )
         build_engine = Engine if mesh.pp.size == 1 else PipelinedEngine
         self.engine = build_engine(
@@ -139,13 +126,40 @@ class Trainer:
             parallel=config.parallel,
             optim=config.optim,
             comm=self.comm,
-            grad_accum_steps=grad_accum_steps,
-            micro_batch_size=data.micro_batch_size,
+            grad_accum_steps=self.feed.grad_accum_steps,
+            micro_batch_size=config.data.micro_batch_size,
+            lesson=self.lesson,
         )
         if checkpoint is not None and self.state.optimizer_steps:
             load_moments(self.engine, self.state.optimizer_steps, checkpoint)
         self.recorder = Recorder(config, self.comm, facts, self.profiler)
         self.recorder.start(self.state.step)
+
+    def _new_model(self, part: ModelPart) -> CausalLM:
+        config = self.config
+        return CausalLM(
+            config.model,
+            config.spike,
+            config.ops,
+            dtype=self.dtype,
+            recompute=Recompute.of(config.parallel),
+            part=part,
+            adapters=config.adapters,
+        )
+
+    def _new_hot_experts(self, model: CausalLM, max_copies: int) -> HotExperts:
+        return HotExperts(
+            {
+                name: layer.ffn.experts.weights
+                for name, layer in model.named_layers()
+                if isinstance(layer.ffn, MoE) and self.mesh.ep.size > 1
+            },
+            hidden_size=self.config.model.hidden_size,
+            dtype=self.dtype,
+            max_copies=max_copies,
+            micro_batches=self.feed.grad_accum_steps,
+            comm=self.comm,
+        )
 
     def fit(self) -> None:
         """Train until `run.steps`, then write the report.
@@ -169,6 +183,7 @@ class Trainer:
                     progress.evaluation(record)
                 if step % self.config.checkpoint.every == 0 or step == run.steps:
                     self.save_checkpoint()
+        self.feed.log_seen(self.state.consumed)
         self.recorder.finish()
         self.comm.recorder.close()
 
@@ -185,12 +200,12 @@ class Trainer:
         lr = learning_rate(self.config.optim, state.step, self.config.run.steps)
         with self.profiler.step(state.step % PROFILE_EVERY == 0):
             with self.profiler.kind("data"):
-                batches = self._next_batches()
+                batches = self.feed.training(state.consumed)
             loss_sum, num_tokens = self._accumulate(batches)
             with self.profiler.kind("optimizer"):
                 grad_norm, applied = self.engine.step(lr)
             with self.profiler.kind("communication"):
-                totals, spikes, routing = self._reduce(loss_sum, batches)
+                totals, taught, spikes, routing = self._reduce(loss_sum, batches)
                 self.hot_experts.end_step()
             self.accelerator.synchronize()
         if applied:
@@ -199,7 +214,7 @@ class Trainer:
         state.num_tokens += int(totals["tokens"])
         state.optimizer_steps += applied
         state.nonfinite_in_row = 0 if applied else state.nonfinite_in_row + 1
-        layouts = [self._layout(batch) for batch in batches]
+        layouts = [self.feed.layout(batch) for batch in batches]
         self.forecast.add_step(layouts, self.hot_experts, applied=applied)
         loss = totals["loss"] / num_tokens
         record: dict[str, Any] = {
@@ -214,6 +229,8 @@ class Trainer:
             "flops_by_kind": {k: totals[k] for k in self.flops.kinds},
             "hardware_flops": totals["hardware_flops"] + self.flops.recomputed(routing),
         }
+        if applied and self.lesson is not None:
+            record |= self.lesson.metrics(taught / num_tokens)
         if not applied:
             kind = "gradient" if math.isfinite(loss) else "loss"
             record |= {"skipped": True, "reason": f"non-finite {kind}"}
@@ -224,26 +241,23 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """Return the record of the loss over the validation sequences; every rank must call."""
-        data = self.config.data
-        batches = validation_batches(
-            self.val_data,
-            self.config.evaluation.max_sequences,
-            data.micro_batch_size,
-            self.mesh.dp_rank,
-            self.mesh.dp_size,
-        )
-        loss_sum, num_valid = self.engine.evaluate(
-            [self._shard(batch, self.counted_experts) for batch in batches]
-        )
+        batches = self.feed.validation()
+        with self.spikes.observing():
+            loss_sum, num_valid = self.engine.evaluate(
+                [self.feed.shard(batch, self.counted_experts) for batch in batches]
+            )
         self.counted_experts.end_step()
-        self.forecast.add_evaluation([self._layout(b) for b in batches], self.counted_experts)
-        num_bytes = sum(b.num_bytes for b in self._counted(batches))
+        self.forecast.add_evaluation([self.feed.layout(b) for b in batches], self.counted_experts)
+        num_bytes = sum(b.num_bytes for b in self.feed.counted(batches))
         sums = torch.stack([loss_sum, num_valid, loss_sum.new_tensor(num_bytes)])
-        loss, tokens, num_bytes = self._sum(sums).tolist()
+        sums, spikes = self._sum(torch.cat([sums, self.spikes.take()])).cpu().tensor_split([3])
+        loss, tokens, num_bytes = sums.tolist()
         return {
             "step": self.state.step,
             "val_loss": loss / tokens,
             "val_bits_per_byte": loss / math.log(2) / num_bytes,
+            "spike_histograms": self.spikes.name(spikes),
+            "spike_sample": self.spikes.sample(),
         }
 
     def save_checkpoint(self) -> None:
@@ -278,63 +292,41 @@ class Trainer:
             )
 
     def _find_checkpoint(self) -> Path | None:
-        """Return the checkpoint to continue from, if there is one, and take its state.
+        """Return the checkpoint to begin from, if there is one, and take the state to continue.
 
-        The run's own newest one comes before the one that `run.resume` names to start from.
+        The run's own newest one comes before the one that `run.resume` names to continue from, and
+        that before the one whose weights alone are taken, `run.init_from`.
         """
-        resume, found = self.config.run.resume, None
-        if self.mesh.rank == 0 and resume != "never":
-            try:
-                found = self.store.latest()
-                if found is None and resume != "auto":
-                    found = resolve(resume)
-            except ValueError as error:
-                raise RunFailedError(str(error)) from error
+        run = self.config.run
+        own = None if run.resume == "never" else self._choose(self.store.latest)
+        if own is None and run.resume not in ("auto", "never"):
+            own = self._resolve(run.resume)
+        if own is None:
+            return self._resolve(run.init_from)
+        self.state = TrainState(**load_state(own))
+        logger.info("continuing from %s", own)
+        return own
+
+    def _load_teacher(self) -> CausalLM | None:
+        path = self.config.objective.teacher
+        if path is not None and not is_foreign(path):
+            path = str(self._resolve(path))
+        return None if path is None else load_teacher(self.config, path, self.mesh.device)
+
+    def _resolve(self, path: str | None) -> Path | None:
+        """Return the checkpoint of a run, or the one given; None for None."""
+        return None if path is None else self._choose(lambda: resolve(path))
+
+    def _choose(self, find: Callable[[], Path | None]) -> Path | None:
+        """Return what the first rank finds, which reads every byte; every rank must call."""
+        found = None
+        try:
+            if self.mesh.rank == 0:
+                found = find()
+        except ValueError as error:
+            raise RunFailedError(str(error)) from error
         path = self.comm.broadcast_object(None if found is None else str(found))
-        if path is None:
-            return None
-        self.state = TrainState(**load_state(Path(path)))
-        logger.info("continuing from %s", path)
-        return Path(path)
-
-    def _next_batches(self) -> list[Batch]:
-        data = self.config.data
-        return micro_batches(
-            self.train_data,
-            self.state.consumed,
-            global_batch_size=data.global_batch_size,
-            micro_batch_size=data.micro_batch_size,
-            dp_rank=self.mesh.dp_rank,
-            dp_size=self.mesh.dp_size,
-        )
-
-    def _shard(self, batch: Batch, hot_experts: HotExperts) -> MicroBatch:
-        """Return this rank's tokens of a batch, and who has the others."""
-        device, data, layout = self.mesh.device, self.config.data, self._layout(batch)
-        context = SequenceContext(
-            layout,
-            self.config.ops,
-            self.comm,
-            self.config.parallel.linear,
-            aux_loss_scale=self.mesh.stage.size / (data.global_batch_size * data.seq_len),
-            hot_experts=hot_experts,
-        )
-        tokens, labels = layout.shard(batch.tokens), layout.shard(batch.labels)
-        return MicroBatch(tokens.to(device), labels.to(device), context)
-
-    def _layout(self, batch: Batch) -> SequenceLayout:
-        parallel = self.config.parallel
-        return build_layout(
-            batch.cu_seqlens,
-            kind=parallel.layout,
-            sp_rank=self.mesh.sp_rank,
-            sp_size=self.mesh.sp_size,
-            ulysses=parallel.ulysses,
-        )
-
-    def _counted(self, batches: list[Batch]) -> list[Batch]:
-        """Return the batches that this rank counts, of those that all ranks of a sequence have."""
-        return batches if self.mesh.sp_rank == self.mesh.pp.index == 0 else []
+        return None if path is None else Path(path)
 
     def _sum(self, x: torch.Tensor, name: str | None = None) -> torch.Tensor:
         """Return the sum over all ranks; every rank must call."""
@@ -347,35 +339,36 @@ class Trainer:
         Returns:
             This rank's summed loss (float64) and the labels that count over all ranks.
         """
-        local = float(sum((b.labels >= 0).sum() for b in self._counted(batches)))
+        local = float(sum((b.labels >= 0).sum() for b in self.feed.counted(batches)))
         num_tokens = float(
             self._sum(torch.tensor([local], dtype=torch.float64, device=self.mesh.device))
         )
         # DeepSpeed averages over the ranks of the stage.
         scale = self.mesh.stage.size / num_tokens
-        shards = [self._shard(batch, self.hot_experts) for batch in batches]
+        shards = [self.feed.shard(batch, self.hot_experts) for batch in batches]
         loss_sum = self.engine.accumulate(shards, scale)
         return loss_sum, num_tokens
 
     def _reduce(
         self, loss_sum: torch.Tensor, batches: list[Batch]
-    ) -> tuple[dict[str, float], dict[str, torch.Tensor], dict[str, Routing]]:
-        """Sum over the ranks: loss, tokens, FLOPs, what spike encoders and what routers saw."""
-        lengths = [n for b in self._counted(batches) for n in b.cu_seqlens.diff().tolist()]
+    ) -> tuple[dict[str, float], torch.Tensor, dict[str, torch.Tensor], dict[str, Routing]]:
+        """Sum over ranks: loss, tokens, FLOPs; what the lesson, spike encoders and routers saw."""
+        lengths = [n for b in self.feed.counted(batches) for n in b.doc_lengths()]
         scalars = {
             "loss": float(loss_sum),
             "tokens": float(sum(lengths)),
-            **self.flops.training(lengths),
-            "hardware_flops": sum(self.flops.training(lengths, hardware=True).values()),
+            **self.flops.model(lengths),
+            "hardware_flops": self.flops.hardware(lengths),
         }
         parts = [
             torch.tensor(list(scalars.values()), dtype=torch.float64, device=self.mesh.device),
+            loss_sum.new_empty(0) if self.lesson is None else self.lesson.take(),
             self.spikes.take(),
             self.routers.take(),
         ]
         sums = self._sum(torch.cat(parts)).cpu().split([len(part) for part in parts])
         totals = dict(zip(scalars, sums[0].tolist(), strict=True))
-        return totals, self.spikes.name(sums[1]), self.routers.name(sums[2])
+        return totals, sums[1], self.spikes.name(sums[2]), self.routers.name(sums[3])
 
     def _check_finite(self) -> None:
         limit = self.config.run.max_nonfinite_steps

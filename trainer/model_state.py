@@ -9,30 +9,50 @@ from typing import TYPE_CHECKING
 import torch
 
 from models.causal_lm import CausalLM
+from models.lora import Adapter, adapters_of
 from parallel.expert import is_expert
 from parallel.layout import Segment
 from parallel.pipeline import ModelPart
 from trainer.checkpoint import load_tensors
+from trainer.checkpoint_adapters import MergedTensors
 from trainer.checkpoint_tensors import CheckpointDamaged, CheckpointTensors, rows_name
 
 if TYPE_CHECKING:  # evaluation and generation do without DeepSpeed
     from parallel.engine import Engine
 
 
-def load_weights(model: CausalLM, checkpoint: Path) -> None:
+def load_weights(model: CausalLM, checkpoint: Path, *, seed: int | None = None) -> None:
     """Read the parameters, and the state of routers.
+
+    An adapter that the checkpoint has goes on. What else it has of adapters is merged into their
+    weights.
+
+    Args:
+        seed: draws the adapters that it does not have; None: it must have all.
 
     Raises:
         CheckpointDamaged: one is missing, or is not as large as in the model.
     """
-    tensors = load_tensors(checkpoint)
+    given = load_tensors(checkpoint)
+    adapters = {f"{name}.adapter": adapter for name, _, adapter in adapters_of(model)}
+    kept = {n for n, adapter in adapters.items() if seed is None or _has(given, n, adapter)}
+    tensors = MergedTensors(given, kept)
+    if seed is not None and len(kept) < len(adapters):
+        model.reset_adapters(seed)
     with torch.no_grad():
         for name, mine in (*model.named_parameters(), *model.named_buffers()):
+            if name.rpartition(".")[0] in adapters.keys() - kept:
+                continue
             found = _read(tensors, f"model/{name}", mine, model.part)
             if found.shape != mine.shape:  # which would be repeated where it has one row
                 raise CheckpointDamaged(
                     f"{checkpoint}: {name!r} has shape {list(found.shape)} and not the model's "
                     f"{list(mine.shape)}; use the model config of the run that wrote it"
+                )
+            if found.is_floating_point() != mine.is_floating_point():
+                raise ValueError(
+                    f"{checkpoint}: {name!r} is {found.dtype}, which this model cannot begin with; "
+                    "use the run that was quantized"
                 )
             mine.copy_(found)
 
@@ -69,8 +89,16 @@ def own_shard(engine: "Engine") -> dict[str, torch.Tensor]:
     return shard
 
 
+def _has(tensors: CheckpointTensors, name: str, adapter: Adapter) -> bool:
+    """Return whether the checkpoint has an adapter of the same shape and scale."""
+    shapes = [tensors.shapes.get(f"model/{name}.{part}") for part in ("a", "b")]
+    return shapes == [adapter.a.shape, adapter.b.shape] and bool(
+        tensors.get(f"model/{name}.scale") == adapter.scale.cpu()
+    )
+
+
 def _read(
-    tensors: CheckpointTensors, name: str, parameter: torch.Tensor, part: ModelPart
+    tensors: CheckpointTensors | MergedTensors, name: str, parameter: torch.Tensor, part: ModelPart
 ) -> torch.Tensor:
     if not is_expert(parameter) or name not in tensors.shapes:
         return tensors.get(name)

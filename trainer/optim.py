@@ -1,6 +1,8 @@
 """AdamW with its parameter groups, and the learning rate as a function of the step."""
 
 import math
+import re
+from collections import defaultdict
 
 import torch
 from torch import nn
@@ -9,11 +11,21 @@ from conf.schema import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over the model's parameters; vectors (norms, biases) do not decay."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    """Return AdamW over the model's parameters; vectors (norms, biases) do not decay.
+
+    Groups say by `lr_scale` how much of the learning rate is theirs.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    scales = dict.fromkeys(parameters, 1.0)
+    for pattern, scale in config.lr_scale.items():
+        found = [name for name in parameters if re.search(pattern, name)]
+        scales |= dict.fromkeys(found, scale)
+    members = defaultdict[tuple[float, bool], list[nn.Parameter]](list)
+    for name, parameter in parameters.items():
+        members[scales[name], parameter.dim() >= 2].append(parameter)
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": part, "lr_scale": scale, "weight_decay": config.weight_decay * is_matrix}
+        for (scale, is_matrix), part in members.items()
     ]
     beta1, beta2 = config.betas
     return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=config.eps, fused=True)

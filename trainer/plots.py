@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
+from ops.spike import encode
+from ops.spike.coding import CODINGS
 from trainer.figure import (
     FULL,
     HALF,
@@ -202,6 +205,60 @@ def spike_trade_off(spikes: dict[str, Any]) -> str:
         put_legend_above(axes, columns=2)
 
     return render("tradeoff", (HALF, 3.1), draw)
+
+
+def spike_sweep(rows: Sequence[dict[str, Any]]) -> str:
+    """Draw both sparsities against perplexity over that without spikes, by k of each row."""
+    readings = (("sparsity_within_7", "blue", "within 7"), ("sparsity_all", "green", "all counts"))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for key, color, label in readings:
+            x, y = [row[key] for row in rows], [row["ratio"] for row in rows]
+            axes.plot(x, y, marker="o", markersize=3.5, color=LIGHT[color], label=label)
+            for row in rows:
+                _beside(axes, row["k"], row[key], row["ratio"])
+        axes.axvline(
+            0.69, color=LIGHT["muted"], linestyle="--", linewidth=1, label="published, k = 3"
+        )
+        axes.xaxis.set_major_formatter(percent_ticks())
+        axes.margins(0.1)
+        axes.set_xlabel("sparsity at 3 time steps")
+        axes.set_ylabel("perplexity, over that without spikes")
+        put_legend_above(axes, columns=3)
+
+    return render("sweep", (HALF, 3.1), draw)
+
+
+def spike_raster(counts: Sequence[int], title: str) -> str:
+    """Draw the spikes of a token's channels over time, a panel for each coding.
+
+    Args:
+        counts: of each channel; codings without a sign stand for their sizes.
+        title: what the channels are.
+    """
+    count = torch.tensor(counts)
+    trains = {
+        coding: encode(count.abs() if coding in ("binary", "bitwise") else count, coding).numpy()
+        for coding in CODINGS
+    }
+    names = {coding: coding.replace("_", "\n", 1).replace("_", " ") for coding in trains}
+
+    def draw(figure: Figure) -> None:
+        widths = [max(5, min(40, len(train))) for train in trains.values()]
+        panels = figure.subplots(1, len(trains), sharey=True, width_ratios=widths)
+        for axes, (coding, train) in zip(panels, trains.items(), strict=True):
+            for sign, color in ((1, LIGHT["blue"]), (-1, LIGHT["orange"])):
+                steps, channels = np.nonzero(train == sign)
+                axes.plot(steps, channels, "|", markersize=3.2, markeredgewidth=1.2, color=color)
+            axes.set_title(names[coding], fontsize=7.5)
+            axes.set_xlim(-0.7, len(train) - 0.3)
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+            axes.grid(visible=False)
+        panels[0].set_ylabel("channel")
+        figure.supxlabel(f"time step ({title}; blue +1, orange -1)", fontsize=8)
+
+    return render("raster", (FULL, 3.6), draw)
 
 
 def expert_loads(layers: Sequence[dict[str, Any]]) -> str:

@@ -54,11 +54,18 @@ class StepProfiler:
                 self._watch(module, "embedding_and_norms", backward=False)
             elif name in ("norm", "head"):
                 self._watch(module, {"norm": "embedding_and_norms", "head": "head_and_loss"}[name])
+        # Below the first parameter that is trained, nothing has a gradient either.
+        has_gradient = not model.part.has_embedding or _is_trained(model.embed)
+        has_gradient |= model.sinks is not None and _is_trained(model.sinks)
         for _, layer in model.named_layers():
-            self._watch(layer.mixer_norm, "embedding_and_norms")
-            self._watch(layer.ffn_norm, "embedding_and_norms")
-            self._watch(layer.mixer, layer.mixer.kind)
-            self._watch(layer.ffn, layer.ffn.kind)
+            for module, kind in (
+                (layer.mixer_norm, "embedding_and_norms"),
+                (layer.mixer, layer.mixer.kind),
+                (layer.ffn_norm, "embedding_and_norms"),
+                (layer.ffn, layer.ffn.kind),
+            ):
+                self._watch(module, kind, backward=has_gradient)
+                has_gradient |= _is_trained(module)
 
     def seconds_per_step(self) -> dict[str, float]:
         """Return the mean seconds of each kind over the profiled steps."""
@@ -91,3 +98,7 @@ class StepProfiler:
         if self._stack:
             self._synchronize()
         return time.perf_counter()
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())

@@ -22,7 +22,7 @@ from trainer.accelerator import Accelerator
 from trainer.profiler import StepProfiler
 from trainer.report import write_report
 from trainer.run_dir import FINISHED, config_tree, flatten
-from trainer.statistics import routing_figures
+from trainer.statistics import routing_figures, spike_metrics
 from trainer.tracking import MetricsFile, MLflowRun
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ class Recorder:
         self.flops_by_kind: dict[str, float] = defaultdict(float)
         self.hardware_flops = 0.0
         self.histograms: dict[str, torch.Tensor] = {}
+        self.val_histograms: dict[str, torch.Tensor] = {}
+        self.spike_sample: dict[str, Any] | None = None
         self.loads: dict[str, torch.Tensor] = {}
         self.routing: dict[str, Counter[str]] = defaultdict(Counter)
         self.mlflow: MLflowRun | None = None
@@ -84,17 +86,17 @@ class Recorder:
         self.hardware_flops += hardware
         for kind, flops in by_kind.items():
             self.flops_by_kind[kind] += flops
-        if histograms:
-            whole = spike_statistics(torch.stack(list(histograms.values())).sum(0))
-            record["spike_sparsity"] = whole["sparsity_all"]
-            record["mean_spikes"] = whole["mean_spikes"]
-            for name, histogram in histograms.items():
-                self.histograms[name] = self.histograms.get(name, 0.0) + histogram
+        record |= spike_metrics(histograms)
+        for name, histogram in histograms.items():
+            self.histograms[name] = self.histograms.get(name, 0.0) + histogram
         if self.mesh.rank == 0:
             self._append(record)
 
     def log_evaluation(self, record: dict[str, Any]) -> None:
         """Record one evaluation, bring profile.json and comm.json up to date; every rank calls."""
+        self.val_histograms = record.pop("spike_histograms", {})
+        self.spike_sample = record.pop("spike_sample", None)
+        record |= spike_metrics(self.val_histograms, "val_")
         if self.mesh.rank == 0:
             self._append(record)
         self.write_profile()
@@ -228,17 +230,22 @@ class Recorder:
         }
 
     def _spikes(self) -> dict[str, Any] | None:
+        """Return the statistics of all steps, and of the last evaluation, by input and together."""
         if not self.histograms:
             return None
-        layers = []
-        for name, histogram in self.histograms.items():
-            layers.append({"name": name, "layer": _layer(name)} | spike_statistics(histogram))
-        whole = torch.stack(list(self.histograms.values())).sum(0)
-        return {
-            "k": self.config.spike.k,
-            "layers": layers,
-            "model": spike_statistics(whole),
-        }
+        last = _spike_section(self.val_histograms) if self.val_histograms else None
+        section = _spike_section(self.histograms)
+        k = self.config.spike.k
+        return {"k": k, **section, "validation": last, "sample": self.spike_sample}
+
+
+def _spike_section(histograms: dict[str, torch.Tensor]) -> dict[str, Any]:
+    layers = [
+        {"name": name, "layer": _layer(name)} | spike_statistics(histogram)
+        for name, histogram in histograms.items()
+    ]
+    whole = torch.stack(list(histograms.values())).sum(0)
+    return {"layers": layers, "model": spike_statistics(whole)}
 
 
 def _layer(name: str) -> int:

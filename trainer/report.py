@@ -26,11 +26,11 @@ MFU_DEFINITION = (
     "FLOPs are 2 x active parameters per token for projections, FFN, router, gate and head, "
     "4 H D for every visible pair of tokens in causal softmax attention (a window counts only the "
     "pairs it sees, documents are apart) and 2 D_k D_v (H_state + H) per token in linear "
-    "attention, times 3 for training; HFU adds recomputation and what chunked kernels spend "
-    "beyond the model; padding counts nowhere."
+    "attention, times 3 for training; HFU adds recomputation, the passes of a teacher and what "
+    "chunked kernels spend beyond the model; padding counts nowhere."
 )
 
-PUBLISHED_SPIKES = {
+PUBLISHED_SPIKES: dict[str, Any] = {
     "source": "arXiv:2509.05276, 7B model, bidirectional bitwise coding",
     "k": 3.0,
     "share_silent": 0.184,
@@ -324,6 +324,9 @@ def _draw(report: dict[str, Any], files: RunFiles) -> dict[str, str]:
     if report["spikes"]:
         figures["spikes"] = plots.spikes_by_layer(report["spikes"]["layers"], PUBLISHED_SPIKES)
         figures["trade_off"] = plots.spike_trade_off(report["spikes"])
+        if sample := report["spikes"].get("sample"):
+            title = f"{sample['name']}, k = {sample['k']:g}, one token"
+            figures["raster"] = plots.spike_raster(sample["counts"], title)
         figures["counts"] = plots.count_histogram(report["spikes"]["model"]["histogram"])
     if report["routing"]:
         figures["loads"] = plots.expert_loads(report["routing"]["layers"])

@@ -9,11 +9,13 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from conf.schema import Config
+from conf.schema import Config, build
 
 ROOT = Path("runs")
 FINISHED = "finished"
 """File of a run directory whose run has taken all its steps."""
+TOKENIZER = "tokenizer"
+"""Folder of a run directory with the tokenizer, and what else belonged to an imported model."""
 FREE_TO_CHANGE = (
     "run.dir", "run.steps", "run.resume", "run.log_every", "run.num_threads",
     "run.max_nonfinite_steps", "launcher", "parallel", "ops", "checkpoint", "evaluation",
@@ -25,33 +27,16 @@ FREE_TO_CHANGE = (
 def open_run_dir(config: Config) -> tuple[Config, Path, FileLock]:
     """Find or make the run's directory and hold it for this process.
 
-    `run.dir=null` continues the newest unfinished run of the same name and config if `run.resume`
-    is auto and none else holds it; otherwise it starts runs/<name>-<time>.
-
     Returns:
         The config with `run.dir` set, the directory, and the lock (released when the process ends).
 
     Raises:
         ValueError: another process holds the directory, or it was started with another config.
     """
-    if config.run.dir is None:
-        candidates = _unfinished(config) if config.run.resume == "auto" else []
-        for path in candidates:
-            lock = _try_lock(path)
-            if lock is not None:
-                return _with_dir(config, path), path, lock
-        path = ROOT / f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        while path.exists():  # two runs begun in the same second
-            path = path.with_name(path.name + "x")
-    else:
-        if not config.run.dir:
-            raise ValueError("run.dir='' names no folder; use run.dir=null for runs/<name>-<time>")
-        path = Path(config.run.dir)
-    lock = _hold(path)
-    config = _with_dir(config, path)
+    path, lock = open_folder(config_tree(config))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(path)))
     try:
-        _check_resume(config, path)
-        _check_same(config, path)
+        check_begun(config, path)
     except ValueError:
         lock.release()
         raise
@@ -59,15 +44,62 @@ def open_run_dir(config: Config) -> tuple[Config, Path, FileLock]:
     return config, path, lock
 
 
+def open_folder(tree: dict[str, Any]) -> tuple[Path, FileLock]:
+    """Find or make the folder for a config, given as plain types, and hold it for this process.
+
+    `run.dir=null` continues the newest unfinished run of the same name and config if `run.resume`
+    is auto and none else holds it; otherwise it starts runs/<name>-<time>.
+
+    Raises:
+        ValueError: it cannot be made, or another process holds it.
+    """
+    run = tree["run"]
+    if run["dir"] is None:
+        candidates = _unfinished(tree) if run["resume"] == "auto" else []
+        for path in candidates:
+            lock = _try_lock(path)
+            if lock is not None:
+                return path, lock
+        path = ROOT / f"{run['name']}-{time.strftime('%Y%m%d-%H%M%S')}"
+        while path.exists():  # two runs begun in the same second
+            path = path.with_name(path.name + "x")
+    else:
+        if not run["dir"]:
+            raise ValueError("run.dir='' names no folder; use run.dir=null for runs/<name>-<time>")
+        path = Path(run["dir"])
+    return path, _hold(path)
+
+
+def check_begun(config: Config, path: Path) -> None:
+    """Refuse to go on with another config than the run in `path`, if any, was started with.
+
+    Raises:
+        ValueError: names the key that differs.
+    """
+    _check_resume(config, path)
+    _check_same(config, path)
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write config.yaml, whole or not at all; one that says the same keeps its time."""
+    save_tree(config_tree(config), path)
+
+
+def save_tree(tree: dict[str, Any], path: Path) -> None:
+    """Write a config, given as plain types, as `save_config` does."""
     text = "# Repeat with: longaxon train --config-dir <this folder> --config-name config "
-    text += "run.dir=<new folder>\n" + yaml.safe_dump(config_tree(config), sort_keys=False)
+    text += "run.dir=<new folder>\n" + yaml.safe_dump(tree, sort_keys=False)
     file, temporary = path / "config.yaml", path / ".config.yaml.tmp"
     if file.exists() and file.read_text() == text:
         return
     temporary.write_text(text)
     os.replace(temporary, file)
+
+
+def read_config(path: Path) -> dict[str, Any] | None:
+    """Return the config.yaml of a run directory, None where there is none."""
+    file = path / "config.yaml"
+    return yaml.safe_load(file.read_text()) if file.exists() else None
 
 
 def config_tree(config: Config) -> dict[str, Any]:
@@ -105,10 +137,6 @@ def _tree(value: Any) -> Any:
     return value
 
 
-def _with_dir(config: Config, path: Path) -> Config:
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(path)))
-
-
 def _decisive(tree: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value
@@ -117,21 +145,14 @@ def _decisive(tree: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _saved(path: Path) -> dict[str, Any] | None:
-    file = path / "config.yaml"
-    return yaml.safe_load(file.read_text()) if file.exists() else None
-
-
-def _unfinished(config: Config) -> list[Path]:
+def _unfinished(tree: dict[str, Any]) -> list[Path]:
     """Return this experiment's runs that can go on with this very config, newest first."""
     found = []
-    for path in sorted(ROOT.glob(f"{config.run.name}-*"), reverse=True):
-        saved = _saved(path)
+    for path in sorted(ROOT.glob(f"{tree['run']['name']}-*"), reverse=True):
+        saved = read_config(path)
         if saved is None or is_finished(path):
             continue
-        if flatten(saved | {"run": saved["run"] | {"dir": None}}) == flatten(
-            config_tree(config) | {"run": config_tree(config)["run"] | {"dir": None}}
-        ):
+        if flatten(saved | {"run": saved["run"] | {"dir": None}}) == flatten(tree):
             found.append(path)
     return found
 
@@ -155,10 +176,12 @@ def _check_resume(config: Config, path: Path) -> None:
 
 
 def _check_same(config: Config, path: Path) -> None:
-    saved = _saved(path)
+    saved = read_config(path)
     if saved is None or not _has_begun(path):
         return
-    old, new = _decisive(saved), _decisive(config_tree(config))
+    # Keys that are newer than the run have in it the values that stand for their absence.
+    old = _decisive(config_tree(build(Config, saved)))
+    new = _decisive(config_tree(config))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise ValueError(

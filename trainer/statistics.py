@@ -1,11 +1,15 @@
 """What spike encoders and routers saw in a step, summed over the ranks that have them."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 
 from models.causal_lm import CausalLM
 from models.moe import Router, Routing
 from models.spiking import spike_encoders
-from ops.spike import MAX_COUNT
+from ops.spike import MAX_COUNT, spike_statistics
 
 
 class SpikeStatistics:
@@ -33,6 +37,50 @@ class SpikeStatistics:
     def name(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the histograms by the names of their encoders."""
         return dict(zip(self._names, flat.view(-1, MAX_COUNT + 1), strict=True))
+
+    def sample(self) -> dict[str, Any] | None:
+        """Return counts of a token that was seen last, of an input in the middle of this rank's."""
+        seen = {name: e.sample for name, e in self._here.items() if e.sample is not None}
+        if not seen:
+            return None
+        name, counts = list(seen.items())[len(seen) // 2]
+        return {"name": name, "k": self._here[name].k, "counts": counts.long().tolist()}
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Inside, passes in evaluation mode are seen as well, their padding included."""
+        for encoder in self._here.values():
+            encoder.observes = True
+        try:
+            yield
+        finally:
+            for encoder in self._here.values():
+                encoder.observes = False
+
+
+def spike_metrics(histograms: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, float]:
+    """Return what metrics.jsonl says of all inputs together; nothing without spikes.
+
+    Args:
+        histograms: by the name of the encoder.
+        prefix: of the names.
+    """
+    if not histograms:
+        return {}
+    whole = spike_statistics(torch.stack(list(histograms.values())).sum(0))
+    names = {
+        "spike_sparsity": "sparsity_all",
+        "spike_sparsity_within_7": "sparsity_within_7",
+        "mean_spikes": "mean_spikes",
+        "spike_share_silent": "share_silent",
+        "spike_share_within_7": "share_within_7",
+        "spike_share_above_16": "share_above_16",
+    }
+    return {
+        prefix + name: value
+        for name, key in names.items()
+        if isinstance(value := whole[key], float)
+    }
 
 
 class RouterStatistics:

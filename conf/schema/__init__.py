@@ -5,6 +5,7 @@ meaning. Anything unknown, mistyped or out of range raises pydantic's Validation
 command turns into one line and exit code 2. Checks across sections live in `trainer.checks`.
 """
 
+from conf.schema.adapters import AdaptersConfig
 from conf.schema.base import (
     STRICT,
     NonNegativeFloat,
@@ -12,11 +13,21 @@ from conf.schema.base import (
     PositiveFloat,
     PositiveInt,
     Ratio,
+    StageError,
     build,
     extension,
 )
 from conf.schema.data import DataConfig
-from conf.schema.model import FFNConfig, LayerConfig, ModelConfig, MoEConfig, SpikeConfig
+from conf.schema.model import (
+    FFNConfig,
+    LayerConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeScaling,
+    SpikeConfig,
+)
+from conf.schema.objective import ObjectiveConfig
+from conf.schema.quantization import QuantizationConfig
 from conf.schema.system import (
     AcceleratorConfig,
     Implementation,
@@ -38,12 +49,16 @@ from conf.schema.verbs import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    InspectConfig,
+    PatternConfig,
+    QuantizeConfig,
     ReportConfig,
 )
 
 __all__ = [
     "STRICT",
     "AcceleratorConfig",
+    "AdaptersConfig",
     "BenchConfig",
     "CheckpointConfig",
     "Config",
@@ -55,21 +70,28 @@ __all__ = [
     "FFNConfig",
     "GenerateConfig",
     "Implementation",
+    "InspectConfig",
     "LauncherConfig",
     "LayerConfig",
     "MoEConfig",
     "ModelConfig",
     "NonNegativeFloat",
     "NonNegativeInt",
+    "ObjectiveConfig",
     "OpsConfig",
     "OptimConfig",
     "ParallelConfig",
+    "PatternConfig",
     "PositiveFloat",
     "PositiveInt",
+    "QuantizationConfig",
+    "QuantizeConfig",
     "Ratio",
     "ReportConfig",
+    "RopeScaling",
     "RunConfig",
     "SpikeConfig",
+    "StageError",
     "TrackingConfig",
     "build",
     "extension",

@@ -18,6 +18,19 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 
 
+class StageError(ValueError):
+    """What is wrong with one stage of a chain.
+
+    Args:
+        stage: its name.
+        error: as it would be of a run by itself.
+    """
+
+    def __init__(self, stage: str, error: ValueError) -> None:
+        super().__init__(f"stages.{stage}: {error}")
+        self.stage, self.error = stage, error
+
+
 def build(cls: type[Section], tree: dict[str, Any]) -> Section:
     """Validate a plain tree against a config class.
 
@@ -36,6 +49,8 @@ def extension(package: str) -> BeforeValidator:
     """
 
     def load(value: Any) -> Any:
+        if type(value).__module__.startswith(package + "."):
+            return value  # built before
         if not isinstance(value, dict) or not isinstance(value.get("_target_"), str):
             raise ValueError(f"needs a `_target_` naming a config class in {package}")
         module, _, name = value["_target_"].rpartition(".")

@@ -87,7 +87,48 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class RopeScaling:
+    """Lower frequencies of the rotary embedding, for sequences longer than those trained on."""
+
+    kind: Literal["linear", "llama3", "yarn"]
+    """linear: all channels alike (arXiv:2306.15595); llama3: those with few rotations over
+    `original_seq_len`; yarn: the same with another ramp, and longer queries and keys
+    (arXiv:2309.00071)."""
+    factor: PositiveFloat
+    """By how much frequencies are divided."""
+    original_seq_len: PositiveInt | None = None
+    """Tokens that the model was trained on before; all kinds but linear."""
+    slow: PositiveFloat | None = None
+    """Channels with fewer rotations over `original_seq_len` are slowed down by the whole factor."""
+    fast: PositiveFloat | None = None
+    """Channels with more rotations stay as they are; those between are slowed down in part."""
+    attention_factor: PositiveFloat | None = None
+    """What yarn multiplies queries and keys by; null: 0.1 ln(factor) + 1."""
+
+    def __post_init__(self) -> None:
+        ramp = (self.original_seq_len, self.slow, self.fast)
+        if self.kind == "linear" and ramp != (None, None, None):
+            raise ValueError(
+                f"kind=linear takes no original_seq_len, slow and fast, given {ramp}; set them to "
+                "null, or kind=llama3 or yarn"
+            )
+        if self.kind != "linear" and (None in ramp or not ramp[1] < ramp[2]):  # type: ignore[operator]
+            raise ValueError(
+                f"kind={self.kind} needs original_seq_len and slow < fast, given {ramp}; "
+                "8192, 1.0 and 4.0 would do, as would kind=linear without them"
+            )
+        if self.kind != "yarn" and self.attention_factor is not None:
+            raise ValueError(f"kind={self.kind} takes no attention_factor; set it to null")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class SpikeConfig:
     enabled: bool
     k: PositiveFloat
     """Threshold is mean(|x|) / k over a token's channels (eq. 19 of arXiv:2509.05276)."""
+    k_by_input: dict[str, PositiveFloat | None] | None = None
+    """In place of `k`, for inputs whose name matches a pattern, as in layers.*.ffn.encode_out, the
+    input of the down projections; null there: not spiked. Of several matches the last one holds."""
+    rate_weight: NonNegativeFloat = 0.0
+    """Weight in training of the mean over the channels of log2(1 + |x| / threshold), a smooth count
+    of the bits of a spike count, summed over all inputs; 0: none."""

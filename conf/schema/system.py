@@ -83,3 +83,4 @@ class OpsConfig:
     rotary: Implementation = "auto"
     swiglu: Implementation = "auto"
     short_conv: Implementation = "auto"
+    int8_linear: Implementation = "auto"

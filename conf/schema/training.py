@@ -1,10 +1,13 @@
 """A training run, complete."""
 
+import re
+from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from conf.schema.adapters import AdaptersConfig
 from conf.schema.base import (
     STRICT,
     NonNegativeFloat,
@@ -15,6 +18,8 @@ from conf.schema.base import (
 )
 from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig, SpikeConfig
+from conf.schema.objective import ObjectiveConfig
+from conf.schema.quantization import QuantizationConfig
 from conf.schema.system import AcceleratorConfig, LauncherConfig, OpsConfig, ParallelConfig
 
 
@@ -30,13 +35,16 @@ class RunConfig:
     """Seed of the initialisation and of the order of the samples."""
     resume: str
     """auto: continue from the newest complete checkpoint; never; or the path of another run's
-    checkpoint to start from while this run has none."""
+    checkpoint to continue from while this run has none."""
     log_every: PositiveInt
     """Steps between two plain log lines (metrics.jsonl has every step)."""
     num_threads: NonNegativeInt
     """Threads a rank computes with on a CPU; 0: the cores divided by the ranks on this host."""
     max_nonfinite_steps: PositiveInt
     """Steps in a row without a finite loss and gradient that end the run with exit code 3."""
+    init_from: str | None = None
+    """Another run, or its checkpoint, whose weights this run begins with, at step 0 and without its
+    moments; null: random ones."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -54,6 +62,18 @@ class OptimConfig:
     """Length of the last, linear part of wsd (warm-up, stable, decay)."""
     min_lr_ratio: Ratio
     """Final learning rate as a share of `lr`."""
+    lr_scale: dict[str, PositiveFloat] = field(default_factory=dict)
+    """Regular expressions and the factor on the learning rate of the parameters in whose name each
+    is found, the last one that is; as in {gk_proj|features: 10.0} for what is new."""
+
+    def __post_init__(self) -> None:
+        for pattern in self.lr_scale:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"lr_scale: {pattern!r} is no regular expression ({error})"
+                ) from error
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -98,3 +118,8 @@ class Config:
     evaluation: EvaluationConfig
     spike: SpikeConfig
     tracking: TrackingConfig
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    adapters: AdaptersConfig | None = None
+    """Low-rank adapters that are trained in place of the weights; null: none."""
+    quantization: QuantizationConfig | None = None
+    """Integers that the weights are in; null: floating point, which alone can be trained."""

@@ -56,6 +56,13 @@ class Mixer(nn.Module, ABC):
     def reset(self, std: float, out_std: float) -> None:
         """Draw initial weights; `out_std` for the projection that writes to the residual."""
 
+    def reset_additions(self, std: float, last_std: float) -> None:
+        """Draw the weights of what softmax attention does not have, all but norms.
+
+        Args:
+            last_std: for the last projection of a gate; at 0 its bias alone speaks at first.
+        """
+
     @abstractmethod
     def mixing_flops(self, doc_lengths: Sequence[int], num_sinks: int = 0) -> float:
         """Return the forward FLOPs beyond the projections (section 5 of the FLOP definition).

@@ -5,7 +5,6 @@ two more products make those of hidden and weight.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,38 +14,22 @@ from torch.autograd.function import once_differentiable
 CHUNK_BYTES = 1 << 28
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the loss is told beside its tensors."""
-
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    turn: "Turn"
-    """Turns logits into losses and gradients."""
-
-
-Turn = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Settings, bool], torch.Tensor
-]
-"""(logits [C, V], hidden [C, E], weight, labels [C], settings, needs_grad) -> loss_sum; writes the
+Turn = Callable[[torch.Tensor, slice, bool], torch.Tensor]
+"""(logits [C, V], which tokens they are of, needs_grad) -> loss_sum of these tokens; writes the
 gradient of the logits over them if needs_grad, else may leave anything there."""
 
 
-def sum_losses(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, settings: Settings
-) -> torch.Tensor:
+def sum_losses(hidden: torch.Tensor, weight: torch.Tensor, turn: Turn) -> torch.Tensor:
     """Return loss_sum of hidden [N, E], differentiable once in hidden and weight."""
     needs_grad = torch.is_grad_enabled()
-    loss_sum: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, settings, needs_grad)
+    loss_sum: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, turn, needs_grad)
     return loss_sum
 
 
 def linear_cross_entropy_fwd(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    labels: torch.Tensor,
-    settings: Settings,
+    turn: Turn,
     needs_dhidden: bool,
     needs_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -61,7 +44,7 @@ def linear_cross_entropy_fwd(
     for start in range(0, num_tokens, chunk):
         rows = slice(start, min(start + chunk, num_tokens))
         logits = torch.mm(hidden[rows], weight.mT, out=buffer[: rows.stop - start])
-        loss_sum += settings.turn(logits, hidden[rows], weight, labels[rows], settings, needs_grad)
+        loss_sum += turn(logits, rows, needs_grad)
         if dhidden is not None:
             torch.mm(logits, weight, out=dhidden[rows])
         if needs_dweight:
@@ -80,12 +63,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
-        labels: torch.Tensor,
-        settings: Settings,
+        turn: Turn,
         needs_grad: bool,
     ) -> torch.Tensor:
         needs = [needs_grad and needed for needed in ctx.needs_input_grad[:2]]
-        loss_sum, *ctx.grads = linear_cross_entropy_fwd(hidden, weight, labels, settings, *needs)
+        loss_sum, *ctx.grads = linear_cross_entropy_fwd(hidden, weight, turn, *needs)
         return loss_sum
 
     @staticmethod
@@ -98,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 "place; call it again instead of backward(retain_graph=True)"
             )
         scaled = (None if grad is None else grad.mul_(dloss_sum) for grad in grads)
-        return *scaled, None, None, None
+        return *scaled, None, None
 
 
 def _choose_chunk(hidden: torch.Tensor, weight: torch.Tensor) -> int:

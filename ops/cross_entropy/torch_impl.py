@@ -5,9 +5,11 @@ The loss -log p[label] is read off p: PyTorch's softmax has float32 statistics i
 less than a maximum, a difference, an exponential and a sum one after the other.
 """
 
+from functools import partial
+
 import torch
 
-from ops.cross_entropy.chunks import Settings, sum_losses
+from ops.cross_entropy.chunks import sum_losses
 
 BLOCK_ROWS = 64  # few: what follows the softmax finds it in the cache
 
@@ -26,22 +28,26 @@ def linear_cross_entropy(
     Tokens that do not count cost nothing.
     """
     valid = labels != ignore_index
-    settings = Settings(ignore_index, label_smoothing, z_loss, _turn)
-    return sum_losses(hidden[valid], weight, labels[valid], settings), valid.sum()
+    hidden, labels = hidden[valid], labels[valid]
+    turn = partial(_turn, hidden, weight, labels, label_smoothing, z_loss)
+    return sum_losses(hidden, weight, turn), valid.sum()
 
 
 def _turn(
-    logits: torch.Tensor,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
-    settings: Settings,
+    label_smoothing: float,
+    z_loss: float,
+    logits: torch.Tensor,
+    chunk: slice,
     needs_grad: bool,
 ) -> torch.Tensor:
     """See `ops.cross_entropy.chunks.Turn`."""
+    hidden, labels = hidden[chunk], labels[chunk]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     loss_sum = torch.zeros((), dtype=dtype, device=hidden.device)
-    mean_weight = weight.mean(dim=0, dtype=dtype) if settings.label_smoothing else None
+    mean_weight = weight.mean(dim=0, dtype=dtype) if label_smoothing else None
     for start in range(0, len(labels), BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)
         block, label = logits[rows], labels[rows, None]
@@ -50,21 +56,21 @@ def _turn(
         others = block.scatter_(1, label, 0.0).sum(dim=1, keepdim=True).to(dtype)
         losses = _read_losses(block, label_prob, others, hidden[rows], weight, labels[rows])
         dlabel = -others
-        if settings.label_smoothing or settings.z_loss:
+        if label_smoothing or z_loss:
             wide = hidden[rows].to(dtype)
             label_logits = (wide * weight[labels[rows]]).sum(dim=1, keepdim=True)
             lse = losses + label_logits
-            losses = losses + settings.z_loss * lse.square()
-            excess = 2 * settings.z_loss * lse
-            if settings.z_loss:  # times 1 + excess; the sum would lose most of excess in bfloat16
+            losses = losses + z_loss * lse.square()
+            excess = 2 * z_loss * lse
+            if z_loss:  # times 1 + excess; the sum would lose most of excess in bfloat16
                 block.addcmul_(block, excess.to(block.dtype))
             dlabel += excess * label_prob
             if mean_weight is not None:
                 # lse less the mean logit is the loss plus the logit of the label less that mean.
-                losses += settings.label_smoothing * (label_logits - (wide @ mean_weight)[:, None])
-                share = settings.label_smoothing / weight.shape[0]
+                losses += label_smoothing * (label_logits - (wide @ mean_weight)[:, None])
+                share = label_smoothing / weight.shape[0]
                 block.sub_(share)
-                dlabel += settings.label_smoothing - share
+                dlabel += label_smoothing - share
         block.scatter_(1, label, dlabel.to(block.dtype))
         loss_sum += losses.sum()
     return loss_sum

@@ -4,11 +4,13 @@ A program reads a row of logits twice: for its log-sum-exp, by blocks and withou
 beforehand, and to write the gradient over it.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 
-from ops.cross_entropy.chunks import Settings, sum_losses
+from ops.cross_entropy.chunks import sum_losses
 from ops.triton_build import Build
 from ops.triton_runtime import Blocks, find_blocks
 
@@ -33,9 +35,8 @@ def linear_cross_entropy(
 
     Tokens that do not count are computed as others are: to leave them out, the host would wait.
     """
-    settings = Settings(ignore_index, label_smoothing, z_loss, _turn)
-    num_valid = (labels != ignore_index).sum()
-    return sum_losses(hidden.contiguous(), weight, labels.contiguous(), settings), num_valid
+    turn = partial(_turn, labels.contiguous(), ignore_index, label_smoothing, z_loss)
+    return sum_losses(hidden.contiguous(), weight, turn), (labels != ignore_index).sum()
 
 
 def list_builds(arch: str) -> list[Build]:
@@ -57,11 +58,12 @@ def list_builds(arch: str) -> list[Build]:
 
 
 def _turn(
-    logits: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
     labels: torch.Tensor,
-    settings: Settings,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    logits: torch.Tensor,
+    chunk: slice,
     needs_grad: bool,
 ) -> torch.Tensor:
     """See `ops.cross_entropy.chunks.Turn`."""
@@ -70,12 +72,12 @@ def _turn(
     blocks = find_blocks("cross_entropy", "cross_entropy", vocab_size, logits.device)
     _cross_entropy_fwd_kernel[(num_tokens,)](
         logits,
-        labels,
+        labels[chunk],
         losses,
         vocab_size,
-        settings.ignore_index,
-        float(settings.label_smoothing),
-        float(settings.z_loss),
+        ignore_index,
+        float(label_smoothing),
+        float(z_loss),
         NEEDS_GRAD=needs_grad,
         **blocks,
     )

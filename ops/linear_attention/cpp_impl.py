@@ -1,11 +1,13 @@
 """Linear attention by a kernel in C++ for CPUs with AMX, compiled when first used.
 
-The kernel is for head dims of a multiple of 32; everything else is left to `torch_impl`.
+The kernel is for head dims of a multiple of 32; values are padded to it, and keys of another one
+are left to `torch_impl`.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ops.cpp_build import load_kernel
@@ -24,9 +26,17 @@ def linear_attention(
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `ops.linear_attention.linear_attention` in time and memory linear in T."""
-    head_dims = (q.shape[3], v.shape[3])
-    if any(D % HEAD_DIM_MULTIPLE or not 0 < D <= MAX_HEAD_DIM for D in head_dims) or not q.numel():
+    D_k, D_v, pad = q.shape[3], v.shape[3], -v.shape[3] % HEAD_DIM_MULTIPLE
+    fits = D_k % HEAD_DIM_MULTIPLE == 0 and 0 < D_k <= MAX_HEAD_DIM and D_v + pad <= MAX_HEAD_DIM
+    if not fits or not q.numel() or not D_v:
         return torch_impl.linear_attention(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+    if pad:
+        # Values of zero stay zero. With a few more of them the kernel is still the faster one.
+        initial_state = None if initial_state is None else F.pad(initial_state, (0, pad))
+        wide = linear_attention(
+            q, k, F.pad(v, (0, pad)), log_decay, scale, initial_state, cu_seqlens
+        )
+        return wide[0][..., :D_v], wide[1][..., :D_v]
     log_decay = None if log_decay is None else log_decay.float()
     initial_state = None if initial_state is None else initial_state.float().contiguous()
     bounds = torch.tensor([0, q.shape[1]], dtype=torch.int32) if cu_seqlens is None else cu_seqlens

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from conf.schema import OpsConfig
+from conf.schema import OpsConfig, RopeScaling
 from ops.rotary import rotary_table
 from parallel.comm import Comm
 from parallel.hot_experts import HotExperts
@@ -39,8 +39,8 @@ class SequenceContext:
     memory: Memory | None = None
     aux_loss_scale: float = 0.0
     hot_experts: HotExperts = field(default_factory=HotExperts, compare=False)
-    _tables: dict[tuple[int, int, float], tuple[torch.Tensor, torch.Tensor]] = field(
-        default_factory=dict, compare=False
+    _tables: dict[tuple[int, int, float, RopeScaling | None], tuple[torch.Tensor, torch.Tensor]] = (
+        field(default_factory=dict, compare=False)
     )
 
     def at(self, *, layer: str | None = None, kind: str | None = None) -> "SequenceContext":
@@ -59,15 +59,17 @@ class SequenceContext:
         """Return compute(), or what it returned when this forward pass ran the first time."""
         return compute() if self.memory is None else self.memory.remember(compute)
 
-    def rotary_table(self, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary_table(
+        self, head_dim: int, theta: float, scaling: RopeScaling | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin, [rows, head_dim / 2], of this rank's positions; made once.
 
         Sinks stand before the first token of every document.
         """
-        key = (self.num_sinks, head_dim, theta)
+        key = (self.num_sinks, head_dim, theta, scaling)
         if key not in self._tables:
             sinks = torch.arange(self.num_sinks)
             positions = torch.cat([sinks, self.layout.position_ids() + self.num_sinks])
             positions = positions.to(self.comm.mesh.device)
-            self._tables[key] = rotary_table(positions, head_dim, theta)
+            self._tables[key] = rotary_table(positions, head_dim, theta, scaling)
         return self._tables[key]

@@ -1,15 +1,20 @@
-"""longaxon convert: a dense run becomes experts, which evaluate and train on several ranks."""
+"""longaxon convert: a dense run becomes experts, which evaluate and train on several ranks; a
+checkpoint of Transformers is imported and becomes a hybrid.
+"""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import compose_tree
+from helpers.foreign import build_imported, make_transformers
+from helpers.models import compose_tree, one_rank_context
 from helpers.runs import Faults, column, run, run_ranks, tiny
 
 from cluster.cli import run as run_here
 from conf.schema import ConvertConfig, build
+from models.io import read_foreign
 from trainer.checkpoint import load_tensors, verify
 from trainer.convert import convert_run
 from trainer.evaluation.validation import ValidationSuite
@@ -37,7 +42,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def to_experts(dense: Path) -> list[str]:
     """Arguments of the conversion, but for `out`."""
     shape = [override for override in tiny(dense.parent) if override.startswith("model.")]
-    return [f"run={dense}", "model=tiny", SINKS, *shape, *EXPERTS]
+    return [f"source={dense}", "model=tiny", SINKS, *shape, *EXPERTS]
 
 
 def val_loss(run_dir: Path) -> float:
@@ -49,7 +54,8 @@ def test_experts_of_a_dense_run_evaluate_and_train(dense, to_experts, tmp_path, 
     out, new = tmp_path / "experts", tmp_path / "new"
     assert run_here(["convert", *to_experts, f"out={out}"]) == 0
     checkpoint = out / "checkpoints" / "step_00000000"
-    assert capsys.readouterr().out == f"{checkpoint}\n"
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == str(checkpoint)
     before, after = val_loss(dense), val_loss(out)
     assert before < math.log(256) - 0.5
     assert after == pytest.approx(before, abs=1e-3)
@@ -79,7 +85,7 @@ def test_tensors_do_not_depend_on_how_they_are_packed(to_experts, tmp_path):
     for name, max_shard_bytes in [("large", 10**9), ("small", 20_000)]:
         overrides = [*to_experts, f"out={tmp_path / name}"]
         config = build(ConvertConfig, compose_tree(*overrides, config_name="convert"))
-        checkpoint = convert_run(config, max_shard_bytes=max_shard_bytes)
+        checkpoint = convert_run(config, max_shard_bytes=max_shard_bytes).checkpoint
         verify(checkpoint)
         found.append(load_tensors(checkpoint))
     large, small = found
@@ -96,7 +102,7 @@ def test_tensors_do_not_depend_on_how_they_are_packed(to_experts, tmp_path):
     [
         ("model.ffns.experts.intermediate_size=24", "layers.1.ffn.experts.gate_proj would be"),
         ("model.num_sinks=0", "unexpected: sinks.weight"),
-        ("run=nowhere", "nowhere holds no checkpoint"),
+        ("source=nowhere", "nowhere holds no checkpoint"),
         ("out=.", "out=. is not empty"),
         ("router_std=0", "router_std=0.001 works"),
     ],
@@ -111,9 +117,111 @@ def test_what_cannot_be_converted_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_model_must_be_given(dense, capsys):
-    assert run_here(["convert", f"run={dense}", "out=experts"]) == 2
-    assert "model is required and was not given" in capsys.readouterr().err
+LINEAR = "pattern.mixers.linear"
+HYBRID = ("pattern=inter_layer", "pattern.window_size=20", "pattern.keep_full=[2]",
+          "pattern.layers=[[window],[window],[linear]]", f"{LINEAR}.gate_rank=2")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama of three layers, and one with a run that begins with it."""
+    folder = tmp_path_factory.mktemp("foreign")
+    make_transformers("llama", vocab_size=264).save_pretrained(folder / "llama")
+    assert run_here(["convert", f"source={folder / 'llama'}", f"out={folder / 'run'}"]) == 0
+    return folder
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    tensors = load_tensors(run_dir / "checkpoints" / "step_00000000")
+    return {name: tensors.get(name) for name in tensors}
+
+
+def test_an_imported_model_is_a_run(foreign, tmp_path, capsys):
+    expected = build_imported(read_foreign(str(foreign / "llama")))
+    model = restore_model(str(foreign / "run"), CPU).model
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        found, wanted = (m.hidden(tokens, one_rank_context([40])) for m in (model, expected))
+    assert torch.equal(found, wanted)
+    origins = {row["origin"] for row in conversion(foreign / "run")["tensors"]}
+    assert origins == {"copied"}
+    # A run can be converted as what it was imported from.
+    for name in ("llama", "run"):
+        out = tmp_path / name
+        assert run_here(["convert", f"source={foreign / name}", f"out={out}", *HYBRID]) == 0
+    from_llama, from_run = weights(tmp_path / "llama"), weights(tmp_path / "run")
+    assert from_llama.keys() == from_run.keys()
+    assert all(torch.equal(from_run[name], tensor) for name, tensor in from_llama.items())
+
+
+def conversion(run_dir: Path) -> dict:
+    return json.loads((run_dir / "conversion.json").read_text())
+
+
+def test_a_hybrid_says_what_is_new_and_trains(foreign, dense, tmp_path, capsys):
+    out, new = tmp_path / "hybrid", tmp_path / "new"
+    changes = [f"{LINEAR}.feature_map=hedgehog", f"{LINEAR}.half_life=[9.0,90.0]"]
+    pattern = [*HYBRID[:2], "pattern.layers=[[window],[linear],[source]]", f"{LINEAR}.gate_rank=2"]
+    arguments = ["convert", f"source={foreign / 'llama'}", f"out={out}", *pattern, *changes]
+    assert run_here([*arguments, "spike.enabled=true", "spike.k=2.0", "table=true"]) == 0
+    printed = capsys.readouterr().out
+    # Gate, feature maps of 4 query and 2 key heads, norm.
+    added = {"gk_proj.0.weight": 48 * 2, "gk_proj.1.weight": 2 * 64, "gk_proj.1.bias": 64,
+             "q_features.proj.weight": 4 * 256, "k_features.proj.weight": 2 * 256,
+             "g_norm.weight": 16}  # fmt: skip
+    told = conversion(out)
+    assert {
+        row["name"]: row["parameters"] for row in told["tensors"] if row["origin"] == "new"
+    } == {f"layers.1.mixer.branches.linear.{name}": size for name, size in added.items()}
+    summary, count = told["summary"]["linear_attention"], sum(added.values())
+    kept = 48 + 2 * 48 * (64 + 32)
+    assert summary == {
+        "copied": kept, "transformed": 0, "new": count, "parameters": kept + count,
+        "new_fraction": count / (kept + count),
+    }  # fmt: skip
+    assert told["summary"]["all"]["new"] == count
+    table = [line.split() for line in printed.splitlines()]
+    assert ["layers.1.mixer.branches.linear.gk_proj.0.weight", "2x48", "new"] in table
+    copied = "layers.{}.mixer.branches.{}.q_proj.weight"
+    assert [copied.format(1, "linear"), "64x48", "copied", copied.format(1, "full")] in table
+    assert table[-1] == [str(out / "checkpoints" / "step_00000000")]
+
+    config = ["train", "--config-dir", str(out), "--config-name", "config", f"run.dir={new}"]
+    run_settings = [override for override in tiny(dense.parent)[2:] if "model." not in override]
+    settings = [*(s for s in run_settings if s != "tracking=none"), "tracking.mlflow=false"]
+    data = ["data.source=text", f"data.path={dense.parent / 'corpus.txt.jsonl'}"]
+    log = run([*config, *data, *settings, "data.tokenizer=bytes"], tmp_path)
+    assert f"continuing from {out}" in log
+    assert column(new, "loss")[0] > column(new, "loss")[-1]
+    assert column(new, "spike_sparsity")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["pattern=inter_layer", "pattern.layers=[[linear],[window]]"], "do not fit 3 layers"),
+        (["pattern=inter_layer", "model=tiny"], "model and pattern both say what to make"),
+        (["spike.k=-1.0"], "k=-1"),
+        (["source=nowhere.gguf"], "there is no nowhere.gguf"),
+        (["+spike.kk=2"], "kk"),
+        (["model=tiny"], "let it be the same in:"),
+        (
+            ["model=tiny", "model.layers=[{mixers:[lin],ffn:dense}]"],
+            "names 'lin', which model.mixers",
+        ),
+    ],
+)
+def test_what_cannot_become_a_hybrid_is_refused(foreign, tmp_path, capsys, overrides, message):
+    out = tmp_path / "hybrid"
+    assert run_here(["convert", f"source={foreign / 'run'}", f"out={out}", *overrides]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hybrid_is_no_source_of_a_pattern(dense, tmp_path, capsys):
+    arguments = [f"source={dense}", f"out={tmp_path / 'out'}", "pattern=intra_layer"]
+    assert run_here(["convert", *arguments]) == 2
+    assert "layers have linear (LinearAttentionConfig), window" in capsys.readouterr().err
 
 
 def test_full_disk_leaves_nothing_behind(to_experts, tmp_path):

@@ -54,6 +54,8 @@ WRONG = {
     "model.mixers.linear._target_=os.system": "_target_ 'os.system' is outside models.mixers",
     "model.layers=[{mixers:[gla],ffn:dense}]": "layers[0].mixers names 'gla', ... linear, window",
     "model.layers=[{mixers:[linear],ffn:moe}]": "model.layers[0].ffn='moe' ... use one of dense",
+    "spike.k_by_input={layers.9.*:2.0}": "'layers.9.*' matches none of the inputs, which are lay",
+    "spike.k_by_input={layers.*:0.0}": "layers.*=0.0: input should be greater than 0",
     "optim.warmup_steps=400": "steps=400 exceeds run.steps=300; use optim.warmup_steps=30",
     "optim.schedule=wsd": "decay_steps=0: ... needs 1 to 280 ... use optim.decay_steps=60",
     "ops.spike=triton": "ops.spike=triton: ... TRITON_INTERPRET=1; what runs here: ... torch",

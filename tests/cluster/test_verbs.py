@@ -36,6 +36,24 @@ def test_evaluate_gives_the_loss_of_the_last_evaluation(trained, capsys):
     assert f"{column(trained, 'val_loss')[-1]:.4f}" in out
 
 
+def test_evaluate_counts_spikes(trained, capsys):
+    limits = ("suites.spikes.max_tokens=40", "suites.spikes.ks=[2.0]")
+    spike = "spike={enabled:true,k:2.0,k_by_input:{layers.*.ffn.*:4.0}}"
+    out = call(capsys, "evaluate", f"run={trained}", "suite=spikes", *limits, spike, "out=s.json")
+    assert "by coding, k = config" in out
+    by_k = {row["k"]: row for row in json.loads(Path("s.json").read_text())["rows"][:3]}
+    assert by_k["off"]["perplexity"] == pytest.approx(by_k["2"]["perplexity"], rel=0.1)
+    assert by_k["config"]["mean_spikes"] > by_k["2"]["mean_spikes"]
+
+
+def test_inspect_shows_a_token(trained, capsys):
+    place = ("token=2", "layer=1", "projection=o_proj", "outputs=3", "channels=4")
+    out = call(capsys, "inspect", f"run={trained}", "prompt=axon", *place)
+    assert "layers.1.mixer.branches.window.o_proj of" in out
+    assert "token 2 of 4: 'o'" in out
+    assert "All 32 products from trains, in 5 codings, equal those from counts bit for bit" in out
+
+
 def test_generate_streams_the_same_text_for_the_same_seed(trained, capsys):
     arguments = ["generate", f"run={trained}", "prompt=axon ", "max_new_tokens=40"]
     first = call(capsys, *arguments, "stop_at_end=false")
@@ -83,6 +101,14 @@ def test_export_writes_the_weights(trained, tmp_path, dtype, capsys):
     for name, weight in weights.items():
         assert weight.dtype == getattr(torch, dtype)
         assert torch.equal(weight, parameters[name].to(weight.dtype))
+
+
+def test_export_lists_what_a_format_cannot_express(trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run_here(["export", f"run={trained}", f"out={out}", "format=huggingface"]) == 2
+    message = "format=huggingface: huggingface cannot express the model: as "
+    assert message in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_report_is_written_again(trained, capsys):

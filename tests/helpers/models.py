@@ -45,6 +45,7 @@ def compose_tree(*overrides: str, config_name: str = "train") -> dict[str, Any]:
         config = compose(config_name, overrides=list(overrides))
     tree = OmegaConf.to_container(config, resolve=True)
     assert isinstance(tree, dict)
+    tree.pop("stages", None)  # of which each is a config
     return {str(key): value for key, value in tree.items()}
 
 

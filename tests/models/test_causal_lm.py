@@ -92,7 +92,7 @@ def margin_to_rounding(model: CausalLM, tokens: torch.Tensor) -> float:
 
     def observe(encoder: SpikeEncoder, inputs: tuple[torch.Tensor]) -> None:
         x = inputs[0].double()
-        ratio = x / (x.abs().mean(-1, keepdim=True) / encoder.config.k)
+        ratio = x / (x.abs().mean(-1, keepdim=True) / encoder.k)
         margins.append(float((ratio - ratio.floor() - 0.5).abs().min()))
 
     handles = [e.register_forward_pre_hook(observe) for e in spike_encoders(model).values()]

@@ -38,6 +38,7 @@ CASES = [
     Case((65, 1), H=3, H_state=1, D=64, D_v=32, initial_state=True),
     Case((100,), D=128, initial_state=True),
     Case((40,), H=1, H_state=1, D=256, D_v=224, initial_state=True),
+    Case((70, 3), H=6, H_state=2, D_v=65, decay="scalar", initial_state=True),
 ]  # fmt: skip
 
 
@@ -132,6 +133,13 @@ def test_other_head_dims_are_left_to_torch(D: int) -> None:
     x = make_inputs(Case((20,), D=D))
     actual, expected = outputs_and_gradients(x, "cpp"), outputs_and_gradients(x, "torch")
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_values_of_other_head_dims_are_padded_for_the_kernel() -> None:
+    x = make_inputs(Case((70,), D_v=65))
+    wide = x._replace(v=torch.nn.functional.pad(x.v, (0, 31)))
+    found, expected = (linear_attention(*y[:4], impl="cpp")[0] for y in (x, wide))
+    assert torch.equal(found, expected[..., :65])
 
 
 def test_decay_and_state_of_16_bits_keep_their_dtype_in_gradients() -> None:

@@ -23,12 +23,12 @@ from trainer.checkpoint import (
     CheckpointDamaged,
     CheckpointStore,
     CheckpointWriteError,
-    export_safetensors,
     load_state,
     load_tensors,
     resolve,
     verify,
 )
+from trainer.export import export_safetensors
 
 NUM_SHARDS = 3
 

@@ -98,6 +98,10 @@ REFUSED: dict[tuple[str, ...], str] = {
         "parallel.hot_experts=1 cannot be with model.ffns.moe.moe.capacity=1.5, which gives every "
         "expert as many tokens; use parallel.hot_experts=0 or model.ffns.moe.moe.capacity=null"
     ),
+    ("model=tiny_moe", "launcher.num_workers=1", "spike.rate_weight=0.5", "model.num_sinks=4"): (
+        "spike.rate_weight=0.5 with experts and model.num_sinks=4: experts cannot tell the sinks "
+        "of each rank from tokens; use spike.rate_weight=0 or model.num_sinks=0"
+    ),
 }  # fmt: skip
 
 

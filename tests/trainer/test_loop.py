@@ -66,6 +66,17 @@ def test_spiking_run_records_its_spikes(folder: Path) -> None:
     for record in read_metrics(folder / "spiking")[:2]:
         assert 0 < record["spike_sparsity"] < 1
         assert record["spike_sparsity"] == pytest.approx(1 - record["mean_spikes"] / 3)
+        assert record["spike_sparsity"] <= record["spike_sparsity_within_7"] < 1
+        assert 0 < record["spike_share_silent"] < record["spike_share_within_7"] <= 1
+        assert record["spike_share_above_16"] < 0.1
+    evaluations = [r for r in read_metrics(folder / "spiking") if "val_loss" in r]
+    spikes = json.loads((folder / "spiking" / "report.json").read_text())["spikes"]
+    validation = spikes["validation"]
+    assert evaluations[-1]["val_mean_spikes"] == validation["model"]["mean_spikes"]
+    assert [e["name"] for e in validation["layers"]] == [e["name"] for e in spikes["layers"]]
+    assert len(spikes["sample"]["counts"]) == 48
+    page = (folder / "spiking" / "report.html").read_text()
+    assert all(text in page for text in ("last validation", "Spikes over time", "twos complement"))
 
 
 def test_tiny_run_learns(folder: Path) -> None:

@@ -12,8 +12,8 @@ from parallel.comm import Comm
 from parallel.layout import build_layout
 from parallel.mesh import Mesh
 from parallel.sequence import SequenceContext
-from trainer.checkpoint import export_safetensors
 from trainer.evaluation.validation import ValidationSuite
+from trainer.export import export_safetensors
 from trainer.generate import generate
 from trainer.restore import restore_model
 
@@ -47,10 +47,11 @@ def test_partitioned_and_recomputed_sinks_equal_those_of_one_rank(folder: Path) 
 
 
 def test_spikes_of_the_sinks_are_not_counted_per_rank(folder: Path) -> None:
-    overrides = ("spike.enabled=true", "run.steps=2")
+    overrides = ("spike.enabled=true", "spike.rate_weight=0.5", "run.steps=2")
     run(train(folder, "spikes-one", *overrides), folder)
     run_ranks(train(folder, "spikes-two", *overrides, "parallel.ring=2"), folder)
-    for key, rel in (("loss", 1e-5), ("spike_sparsity", 1e-4), ("mean_spikes", 1e-4)):
+    tolerances = {"loss": 1e-5, "grad_norm": 1e-5, "spike_sparsity": 1e-4, "mean_spikes": 1e-4}
+    for key, rel in tolerances.items():
         one, two = (column(folder / f"spikes-{name}", key)[0] for name in ("one", "two"))
         assert two == pytest.approx(one, rel=rel), key
 

@@ -20,6 +20,8 @@ from trainer.flops import measure_peak_flops
 
 SUITES = {
     "train_step": "trainer.bench.train_step:bench_train_step",
+    "decode": "trainer.bench.decode:bench_decode",
+    "recall": "trainer.bench.recall:bench_recall",
     "ops": "trainer.bench.ops:bench_ops",
     "sequence": "trainer.bench.sequence:bench_sequence",
     "compile": "trainer.bench.kernels:bench_compile",

@@ -7,6 +7,7 @@ timed up to `max_peer_seq_len`.
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from ops.attention import attention
 from ops.catalog import OPERATORS
 from ops.cross_entropy import linear_cross_entropy
 from ops.delta_rule import delta_rule
+from ops.int8_linear import int8_linear
 from ops.linear_attention import linear_attention
 from ops.moe import grouped_matmul
 from ops.registry import explain
@@ -263,6 +265,31 @@ def _bench_moe(bench: OpBench) -> Iterator[Row]:
         yield bench.compare(case, ours, peer, "a loop over experts")
 
 
+def _bench_int8_linear(bench: OpBench) -> Iterator[Row]:
+    """Yield one token, whose cost is that of reading the weights, and many."""
+    for (rows, copies), group_size in itertools.product(((1, 16), (512, 1)), (3584, 128)):
+        # Of one token as many matrices as caches do not hold; as a vector it costs the peer less.
+        wide = [30 * bench.draw(3584, 3584, grad=False) for _ in range(copies)]
+        codes = [weight.clamp(-127, 127).to(torch.int8) for weight in wide]
+        count = (9 * bench.draw(rows, 3584, grad=False)).round()
+        threshold = torch.ones(rows, 1, device=bench.device)
+        scale = torch.ones(3584, 3584 // group_size, device=bench.device)
+        ours = partial(int8_linear, count, threshold, scale=scale, group_size=group_size)
+        peer = partial(F.linear, count[0] if rows == 1 else count)
+        case = f"int8_linear {copies} of {rows}x3584x3584, groups of {group_size}"
+        yield bench.compare(case, _over(ours, codes), _over(peer, wide), "linear")
+
+
+def _over(product: Callable[..., torch.Tensor], weights: Sequence[torch.Tensor]) -> Compute:
+    """Return a function that multiplies by all the weights."""
+
+    def compute() -> None:
+        for weight in weights:
+            product(weight=weight)
+
+    return compute
+
+
 SUITES: dict[str, Callable[[OpBench], Iterator[Row]]] = {
     "linear_attention": _bench_linear_attention,
     "delta_rule": _bench_delta_rule,
@@ -274,4 +301,5 @@ SUITES: dict[str, Callable[[OpBench], Iterator[Row]]] = {
     "swiglu": _bench_swiglu,
     "short_conv": _bench_short_conv,
     "moe": _bench_moe,
+    "int8_linear": _bench_int8_linear,
 }

@@ -1,6 +1,7 @@
 """A whole training step (forward, backward, clipping, AdamW) beside Hugging Face Transformers."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -117,26 +118,8 @@ def _peer_step(config: BenchConfig, tokens: torch.Tensor) -> Callable[[], None] 
     attention = _full_attention(config.model)
     if attention is None:
         return None
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = LlamaForCausalLM._from_config(
-        LlamaConfig(
-            vocab_size=config.model.vocab_size,
-            hidden_size=config.model.hidden_size,
-            num_hidden_layers=config.model.num_layers,
-            num_attention_heads=attention.num_heads,
-            num_key_value_heads=attention.num_kv_heads,
-            head_dim=attention.head_dim,
-            intermediate_size=config.model.ffns[config.model.layers[0].ffn].intermediate_size,
-            rms_norm_eps=config.model.norm_eps,
-            tie_word_embeddings=config.model.tie_embeddings,
-            max_position_embeddings=config.seq_len,
-            use_cache=False,
-            attention_bias=attention.qkv_bias,
-        ),
-        attn_implementation="sdpa",
-        dtype=getattr(torch, config.dtype),
-    ).to(tokens.device)
+    model = build_llama(config.model, attention, getattr(torch, config.dtype), config.seq_len)
+    model.to(tokens.device)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=OPTIM.lr, fused=True)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -151,12 +134,42 @@ def _peer_step(config: BenchConfig, tokens: torch.Tensor) -> Callable[[], None] 
     return step
 
 
+def build_llama(
+    model: ModelConfig, attention: SoftmaxAttentionConfig, dtype: torch.dtype, max_positions: int
+) -> Any:
+    """Return a LlamaForCausalLM of the sizes of `model`, with random weights.
+
+    Args:
+        attention: the mixer of all its layers.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM._from_config(
+        LlamaConfig(
+            vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
+            num_hidden_layers=model.num_layers,
+            num_attention_heads=attention.num_heads,
+            num_key_value_heads=attention.num_kv_heads,
+            head_dim=attention.head_dim,
+            intermediate_size=model.ffns[model.layers[0].ffn].intermediate_size,
+            rms_norm_eps=model.norm_eps,
+            tie_word_embeddings=model.tie_embeddings,
+            max_position_embeddings=max_positions,
+            use_cache=False,
+            attention_bias=attention.qkv_bias,
+        ),
+        attn_implementation="sdpa",
+        dtype=dtype,
+    )
+
+
 def _full_attention(model: ModelConfig) -> SoftmaxAttentionConfig | None:
     """Return the one mixer of a model that Llama can express, else None."""
     names = {name for layer in layer_list(model) for name in layer.mixers}
     if len(names) != 1 or len(model.layers) != 1 or len(model.layers[0].mixers) != 1:
         return None
     mixer = model.mixers[names.pop()]
-    if isinstance(mixer, SoftmaxAttentionConfig) and mixer.window_size is None and mixer.rope_theta:
-        return mixer
-    return None
+    if not isinstance(mixer, SoftmaxAttentionConfig) or mixer.qk_norm or mixer.rope_scaling:
+        return None
+    return mixer if mixer.window_size is None and mixer.rope_theta else None

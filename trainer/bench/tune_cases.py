@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from ops.attention import attention, merge
 from ops.cross_entropy import linear_cross_entropy
 from ops.delta_rule import delta_rule
+from ops.int8_linear import int8_linear
 from ops.linear_attention import linear_attention, linear_attention_step
 from ops.moe import grouped_matmul, permute, route, unpermute
 from ops.rms_norm import rms_norm
@@ -151,6 +152,13 @@ def _spike_matmul(draw: Draw, rows: int, T: int) -> Compute:
     return lambda: spike_matmul(count, weight, impl="triton")
 
 
+def _int8_linear(draw: Draw, rows: int, T: int) -> Compute:
+    count, weight = (draw(n, 1024).detach().mul(20).round() for n in (rows, T))
+    threshold, scale = (torch.ones(len(x), 1, device=x.device) for x in (count, weight))
+    weight = weight.clamp(-127, 127).to(torch.int8)
+    return lambda: int8_linear(count, threshold, weight, scale, impl="triton")
+
+
 def _route(draw: Draw, num_experts: int, T: int) -> Compute:
     return _step(lambda x: route(x, 2, impl="triton")[0], [draw(T, num_experts)])
 
@@ -189,6 +197,7 @@ CASES: dict[str, Callable[[Draw, int, int], Compute]] = {
     "spike.decode": _decode,
     "spike.histogram": _histogram,
     "spike.spike_matmul": _spike_matmul,
+    "int8_linear": _int8_linear,
     "moe": _grouped_matmul,
     "moe.route": _route,
     "moe.spread": _move_rows,

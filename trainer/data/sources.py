@@ -8,17 +8,17 @@ import os
 import platform
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import fsspec
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from conf.schema import DataConfig
-from trainer.data.tokenizer import find_tokenizer_file
+from trainer.data.chat import MessagesField
 
 _ENDING = re.compile(r"\.(txt|jsonl|parquet)(\.gz|\.bz2|\.xz)?$")
 _ENDINGS = ".txt, .jsonl or .parquet"
@@ -43,13 +43,45 @@ class SourceFile:
     """Identifies the content in the key of the cache."""
 
 
-def check_data(config: DataConfig) -> None:
-    """Raise ValueError if the section `data` cannot work; reads one record at most."""
-    files = list_files(config)
-    find_tokenizer_file(config.tokenizer)
-    with_records = [file for file in files if file.format in ("jsonl", "parquet")]
-    for file in with_records[:1]:
-        next(read_texts(file, config.text_key), None)
+class Field(Protocol):
+    """What of a record is its document."""
+
+    def columns(self, names: list[str], place: str) -> list[str]:
+        """Return the fields to read of a record that has these; ValueError if they lack."""
+
+    def document(self, record: dict[str, Any], place: str) -> str:
+        """Return the document of a record; ValueError, with the place, if it is none."""
+
+
+@dataclass(frozen=True)
+class TextField:
+    """A field of text."""
+
+    key: str
+
+    def columns(self, names: list[str], place: str) -> list[str]:
+        if self.key in names:
+            return [self.key]
+        raise ValueError(
+            f"data.text_key={self.key!r} is no field of {place}; set data.text_key to the one that "
+            f"holds the text: {', '.join(names) or 'there is none'}"
+        )
+
+    def document(self, record: dict[str, Any], place: str) -> str:
+        value = record[self.key]
+        if value is not None and not isinstance(value, str):
+            raise ValueError(
+                f"data.text_key={self.key!r} holds {type(value).__name__} instead of text in "
+                f"{place}; set data.text_key to a field of strings"
+            )
+        return value or ""
+
+
+def field_of(config: DataConfig) -> Field:
+    """Return what of a record is its document."""
+    if config.source == "chat":
+        return MessagesField(config.messages_key)
+    return TextField(config.text_key)
 
 
 def describe_source(config: DataConfig, num_files: int) -> str:
@@ -66,6 +98,8 @@ def list_files(config: DataConfig) -> list[SourceFile]:
     files: dict[str, SourceFile] = {}
     for path in _paths(config):
         files |= {file.path: file for file in _match(path, config.format)}
+    if config.source == "chat":
+        _refuse_texts(files.values())
     filled = [file for file in files.values() if file.size != 0]
     if not filled:
         raise ValueError(
@@ -76,16 +110,21 @@ def list_files(config: DataConfig) -> list[SourceFile]:
 
 
 def read_texts(file: SourceFile, text_key: str) -> Iterator[str]:
+    """Yield the texts of a file; see `read_documents`."""
+    return read_documents(file, TextField(text_key))
+
+
+def read_documents(file: SourceFile, field: Field) -> Iterator[str]:
     """Yield the documents of a file in order; ValueError, with the place, on what is none."""
     if file.format == "parquet":
-        yield from _read_parquet(file, text_key)
+        yield from _read_parquet(file, field)
     elif file.format == "jsonl":
-        yield from _read_jsonl(file, text_key)
+        yield from _read_jsonl(file, field)
     else:
         yield from _read_whole(file)
 
 
-def text_batches(files: list[SourceFile], text_key: str) -> Iterator[tuple[list[str], int]]:
+def text_batches(files: list[SourceFile], field: Field) -> Iterator[tuple[list[str], int]]:
     """Yield the documents that are not empty in batches of a few MB.
 
     With each batch comes the number of input bytes read up to its end, an estimate within a file.
@@ -95,7 +134,7 @@ def text_batches(files: list[SourceFile], text_key: str) -> Iterator[tuple[list[
     for file in files:
         size = file.size or 0
         num_read = 0
-        for text in filter(None, read_texts(file, text_key)):
+        for text in filter(None, read_documents(file, field)):
             texts.append(text)
             num_chars += len(text)
             num_read += len(text)
@@ -137,8 +176,8 @@ def _paths(config: DataConfig) -> list[str]:
     paths = [config.path] if isinstance(config.path, str) else config.path or []
     if not paths or not all(paths):
         raise ValueError(
-            f"data.path={config.path!r} names no files and data.source=text needs some; set "
-            f"data.path to files, folders or globs of {_ENDINGS}"
+            f"data.path={config.path!r} names no files and data.source={config.source} needs some; "
+            f"set data.path to files, folders or globs of {_ENDINGS}"
         )
     return paths
 
@@ -212,7 +251,7 @@ def _read_whole(file: SourceFile) -> Iterator[str]:
         ) from error
 
 
-def _read_jsonl(file: SourceFile, text_key: str) -> Iterator[str]:
+def _read_jsonl(file: SourceFile, field: Field) -> Iterator[str]:
     with file.fs.open(file.path, "rb", compression="infer") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
@@ -224,14 +263,13 @@ def _read_jsonl(file: SourceFile, text_key: str) -> Iterator[str]:
                 raise ValueError(
                     f"data.path: {place} is no JSON ({error}); repair the file or set data.format"
                 ) from error
-            if not isinstance(record, dict) or text_key not in record:
-                fields = sorted(record) if isinstance(record, dict) else []
-                raise ValueError(_lacks_key(place, text_key, fields))
+            record = record if isinstance(record, dict) else {}
+            field.columns(sorted(record), place)
             # JSON can escape half of a surrogate pair, which UTF-8 cannot hold.
-            yield _as_text(record[text_key], place, text_key).encode(errors="replace").decode()
+            yield field.document(record, place).encode(errors="replace").decode()
 
 
-def _read_parquet(file: SourceFile, text_key: str) -> Iterator[str]:
+def _read_parquet(file: SourceFile, field: Field) -> Iterator[str]:
     with file.fs.open(file.path, "rb") as stream:
         try:
             table = pq.ParquetFile(stream)
@@ -240,26 +278,16 @@ def _read_parquet(file: SourceFile, text_key: str) -> Iterator[str]:
                 f"data.path: {file.path!r} is no parquet file ({error}); replace it or set "
                 "data.format"
             ) from error
-        fields = table.schema_arrow.names
-        if text_key not in fields:
-            raise ValueError(_lacks_key(repr(file.path), text_key, fields))
-        for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-            for value in batch.column(0).to_pylist():
-                yield _as_text(value, repr(file.path), text_key)
+        columns = field.columns(table.schema_arrow.names, repr(file.path))
+        for batch in table.iter_batches(batch_size=1024, columns=columns):
+            for record in batch.to_pylist():
+                yield field.document(record, repr(file.path))
 
 
-def _lacks_key(place: str, text_key: str, fields: list[str]) -> str:
-    return (
-        f"data.text_key={text_key!r} is no field of {place}; set data.text_key to the one that "
-        f"holds the text: {', '.join(fields) or 'there is none'}"
-    )
-
-
-def _as_text(value: Any, place: str, text_key: str) -> str:
-    """Return the value of a record's text field; an absent (null) text is an empty one."""
-    if value is not None and not isinstance(value, str):
-        raise ValueError(
-            f"data.text_key={text_key!r} holds {type(value).__name__} instead of text in {place}; "
-            "set data.text_key to a field of strings"
-        )
-    return value or ""
+def _refuse_texts(files: Iterable[SourceFile]) -> None:
+    for file in files:
+        if file.format == "txt":
+            raise ValueError(
+                f"data.path: {file.path!r} is text and data.source=chat needs records; name files "
+                "of jsonl or parquet, or set data.format"
+            )

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tokenizers
@@ -15,6 +15,17 @@ import tokenizers
 _KNOWN_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 _WINDOW = 16
 _TAIL = 4
+
+
+class Encoded(NamedTuple):
+    """A document as tokens."""
+
+    ids: np.ndarray
+    """int64 [num_tokens], the last one ends the document; empty: there is nothing to learn."""
+    is_learned: np.ndarray | None
+    """bool [num_tokens]: which are to be predicted; None: all, but for the first."""
+    num_bytes: int
+    """UTF-8 bytes of the text that is to be predicted."""
 
 
 class Tokenizer(Protocol):
@@ -26,12 +37,17 @@ class Tokenizer(Protocol):
     """Token that ends a document; `encode` does not add it."""
     fingerprint: str
     """Equal for two tokenizers only if they give the same tokens."""
+    special_tokens: tuple[str, ...]
+    """Tokens that stand for no text."""
 
     def encode(self, text: str) -> np.ndarray:
         """Return the int64 token ids of a text."""
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Return the int64 token ids of each text."""
+
+    def encode_with_begins(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the int64 token ids of a text, and the character that each begins at or in."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; special tokens leave no trace."""
@@ -43,12 +59,17 @@ class ByteTokenizer:
     vocab_size = 257
     eos_id = 256
     fingerprint = "bytes"
+    special_tokens: tuple[str, ...] = ()
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.int64)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
+
+    def encode_with_begins(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        widths = [len(character.encode(errors="replace")) for character in text]
+        return self.encode(text), np.repeat(np.arange(len(text)), widths)
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
@@ -72,10 +93,12 @@ class HFTokenizer:
         # Ids may have holes, so that the number of entries is too small a vocabulary.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eos_id = self._find_eos(file)
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self.special_tokens = tuple(token.content for token in added if token.special)
         self.fingerprint = f"{hashlib.sha256(content).hexdigest()}-{self.eos_id}"
 
     def _find_eos(self, file: Path) -> int:
-        token = _configured_eos(file.parent)
+        token = configured_tokens(file.parent).get("eos_token")
         if token is None:
             known = [name for name in _KNOWN_EOS if self._tokenizer.token_to_id(name) is not None]
             token = known[0] if len(known) == 1 else None
@@ -94,6 +117,11 @@ class HFTokenizer:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int64) for encoding in encodings]
+
+    def encode_with_begins(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        begins = [begin for begin, _ in encoding.offsets]
+        return np.array(encoding.ids, np.int64), np.array(begins, np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True))
@@ -152,14 +180,37 @@ def find_tokenizer_file(name: str) -> Path | None:
     return file
 
 
-def _configured_eos(folder: Path) -> str | None:
-    for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
-        try:
-            config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        except ValueError as error:
-            raise ValueError(f"data.tokenizer: {file} is no JSON ({error}); repair it") from error
-        token = config.get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if token:
-            return str(token)
-    return None
+def configured_tokens(folder: Path) -> dict[str, str]:
+    """Return the special tokens that the files beside a tokenizer.json name, as eos_token."""
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        for key, token in read_json(folder / name).items():
+            token = token.get("content") if isinstance(token, dict) else token
+            if key.endswith("_token") and isinstance(token, str) and token:
+                found[key] = token
+    return found
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return what a JSON file of a tokenizer's folder holds; nothing if it is not there."""
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"data.tokenizer: {file} is no JSON ({error}); repair it") from error
+    return tree if isinstance(tree, dict) else {}
+
+
+class TextEncoder:
+    """Turns texts into tokens, all of which are learned."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.fingerprint = tokenizer.fingerprint
+
+    def encode_batch(self, documents: list[str]) -> list[Encoded]:
+        """Return the tokens of each text; empty where the tokenizer leaves nothing of it."""
+        eos_id = self.tokenizer.eos_id
+        return [
+            Encoded(np.append(ids, eos_id) if len(ids) else ids, None, len(text.encode()))
+            for text, ids in zip(documents, self.tokenizer.encode_batch(documents), strict=True)
+        ]

@@ -13,9 +13,13 @@ from typing import Protocol
 from rich.console import Console
 from rich.table import Table
 
+from trainer.figure import stand_alone
 from trainer.restore import Restored
 
 Value = str | int | float | None
+
+MOST_PRINTED = 40
+"""Rows of a further table that a terminal shows."""
 
 
 @dataclass(frozen=True)
@@ -26,23 +30,25 @@ class Evaluation:
         suite: its name.
         rows: the lines of its table; all have the same keys.
         notes: definitions and assumptions that a reader of the table needs.
-        figures: self-contained SVG by name.
+        figures: SVG of `trainer.figure` by name.
+        tables: further rows by title; long tables are only saved.
     """
 
     suite: str
     rows: Sequence[Mapping[str, Value]]
     notes: Sequence[str] = ()
     figures: dict[str, str] = field(default_factory=dict)
+    tables: Mapping[str, Sequence[Mapping[str, Value]]] = field(default_factory=dict)
 
     def table(self) -> str:
         """Return the rows and notes as text for a terminal."""
-        table = Table(title=self.suite)
-        for key in self.rows[0]:
-            table.add_column(key, justify="right")
-        for row in self.rows:
-            table.add_row(*(_show(value) for value in row.values()))
         out = StringIO()
-        Console(file=out, width=max(80, 16 * len(self.rows[0]))).print(table, *self.notes, sep="\n")
+        console = Console(file=out, width=max(80, 16 * len(self.rows[0])))
+        for title, rows in ({self.suite: self.rows} | dict(self.tables)).items():
+            if title == self.suite or len(rows) <= MOST_PRINTED:
+                console.print(_lay_out(title, rows))
+        for note in self.notes:  # on one line each: some are to be copied
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
         return out.getvalue()
 
     def save(self, out: Path) -> None:
@@ -52,10 +58,11 @@ class Evaluation:
             "suite": self.suite,
             "rows": [dict(row) for row in self.rows],
             "notes": list(self.notes),
+            "tables": {title: [dict(row) for row in rows] for title, rows in self.tables.items()},
         }
         out.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
         for name, svg in self.figures.items():
-            out.with_suffix(f".{name}.svg").write_text(svg, encoding="utf-8")
+            out.with_suffix(f".{name}.svg").write_text(stand_alone(svg), encoding="utf-8")
 
 
 class Suite(Protocol):
@@ -68,6 +75,15 @@ class Suite(Protocol):
             ValueError: what the suite needs and the model or the data have not.
         """
         ...
+
+
+def _lay_out(title: str, rows: Sequence[Mapping[str, Value]]) -> Table:
+    table = Table(title=title)
+    for key in rows[0]:
+        table.add_column(key, justify="right")
+    for row in rows:
+        table.add_row(*(_show(value) for value in row.values()))
+    return table
 
 
 def _show(value: Value) -> str:

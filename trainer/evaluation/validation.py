@@ -10,7 +10,7 @@ from parallel.comm import Comm
 from parallel.layout import build_layout
 from parallel.mesh import Mesh
 from parallel.sequence import SequenceContext
-from trainer.data import TokenDataset, prepare, validation_batches
+from trainer.data import open_data, validation_batches
 from trainer.evaluation import Evaluation
 from trainer.restore import Restored
 
@@ -25,7 +25,7 @@ class ValidationSuite:
         """Return val_loss (nats per token), val_bits_per_byte and the tokens they are over."""
         run, model, _ = restored
         device = next(model.parameters()).device
-        data = TokenDataset(prepare(run.data), "val", run.data.seq_len, run.run.seed)
+        data = open_data(run.data, "val", run.run.seed)
         count = self.max_sequences or data.num_sequences
         comm = Comm(Mesh(0, 1, 0, device))
         loss, tokens, num_bytes = 0.0, 0.0, 0.0
