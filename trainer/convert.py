@@ -4,8 +4,7 @@ in a model of another kind.
 
 import dataclasses
 import logging
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +17,13 @@ from models.convert_mixers import Remapping, measure_scales, needs_scales
 from models.io import is_foreign, read_foreign
 from models.pattern import remap
 from parallel.layout import Segment
-from trainer.checkpoint import CheckpointStore, CheckpointWriteError
 from trainer.checkpoint_adapters import load_merged
 from trainer.checkpoint_tensors import rows_name
 from trainer.checks import check_model
 from trainer.conversion import Conversion, describe
+from trainer.new_run import check_out, write_run
 from trainer.restore import find_run
-from trainer.run_dir import TOKENIZER, save_config
+from trainer.run_dir import TOKENIZER
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +67,7 @@ def convert_run(
         ValueError: no sound checkpoint, models that do not match, or `out` is not empty.
         CheckpointWriteError: a file could not be written; nothing is left of it.
     """
-    out = Path(config.out).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out={config.out} is not empty; name a folder that is absent or empty")
+    check_out(config.out)
     logger.info("reading and checking %s", config.source)
     source = _open(config, imported)
     new = _new_config(config, source.config)
@@ -78,25 +75,21 @@ def convert_run(
     model = _build_on_meta(new)
     recipes = _plan(config, source, model)
     conversion = describe(recipes, model)
-    total_bytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    shards = _pack(_make(recipes, source.get), max_shard_bytes)
-    working = out.with_name(f".{out.name}.tmp")
-    try:
-        shutil.rmtree(working, ignore_errors=True)
-        working.mkdir(parents=True)
+
+    def save_more(folder: Path) -> None:
         if source.save_tokenizer is not None:
-            source.save_tokenizer(working / TOKENIZER)
-        _write(working / "checkpoints", shards, total_bytes)
-        conversion.save(working / "conversion.json")
-        save_config(new, working)
-        working.replace(out)
-    except OSError as error:
-        raise CheckpointWriteError(
-            f"out={config.out} could not be written ({error}); nothing is left of it"
-        ) from error
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
-    return Converted(out / "checkpoints" / "step_00000000", conversion)
+            source.save_tokenizer(folder / TOKENIZER)
+        conversion.save(folder / "conversion.json")
+
+    checkpoint = write_run(
+        new,
+        _make(recipes, source.get),
+        config.out,
+        total_bytes=sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
+        save_more=save_more,
+        max_shard_bytes=max_shard_bytes,
+    )
+    return Converted(checkpoint, conversion)
 
 
 def _plan(config: ConvertConfig, source: _Source, model: CausalLM) -> dict[str, Recipe]:
@@ -165,28 +158,3 @@ def _make(
             yield f"model/{name}", made.clone()
         for row in range(recipe.copies or 0):
             yield rows_name(f"model/{name}", Segment(row, row + 1)), made[None].clone()
-
-
-def _pack(
-    tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield shards of at most `max_bytes`, or of one tensor."""
-    shard, room = dict[str, torch.Tensor](), max_bytes
-    for name, tensor in tensors:
-        if shard and tensor.nbytes > room:
-            yield shard
-            shard, room = {}, max_bytes
-        shard[name] = tensor
-        room -= tensor.nbytes
-    yield shard
-
-
-def _write(folder: Path, shards: Iterable[dict[str, torch.Tensor]], total_bytes: int) -> None:
-    """Write the checkpoint of a run that has taken no step."""
-    store, written = CheckpointStore(folder, keep=1), 0
-    store.begin(0)
-    for index, shard in enumerate(shards):
-        store.write_shard(0, index, shard)
-        written += sum(tensor.nbytes for tensor in shard.values())
-        logger.info("%.3g of %.3g GB written", written / 1e9, total_bytes / 1e9)
-    store.commit(0, {})

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ def write_run(
     out: str,
     *,
     total_bytes: int,
+    save_more: Callable[[Path], None] | None = None,
     max_shard_bytes: int = 2 * 10**9,
 ) -> Path:
     """Write config.yaml and a checkpoint of step 0; return the checkpoint.
@@ -36,6 +37,7 @@ def write_run(
 
     Args:
         tensors: by name, as in model/norm.weight.
+        save_more: writes what else belongs into the directory.
 
     Raises:
         CheckpointWriteError: a file could not be written; nothing is left of it.
@@ -46,6 +48,8 @@ def write_run(
         shutil.rmtree(working, ignore_errors=True)
         working.mkdir(parents=True)
         _write(working / "checkpoints", _pack(tensors, max_shard_bytes), total_bytes)
+        if save_more is not None:
+            save_more(working)
         save_config(config, working)
         working.replace(path)
     except OSError as error:
