@@ -75,7 +75,8 @@ class Forecast:
         for layout in layouts:
             self._add_pass("forward", layout, "learning")
             self._add_pass("backward", layout, "learning")
-            self._add_pass("forward", layout, "known")
+            if self._mixers["known"]:
+                self._add_pass("forward", layout, "known")
         self._add_experts(layouts, experts, is_step=True)
         for is_shared, axis in ((False, self._mesh.stage), (True, self._mesh.edp)):
             traffic = zero_traffic(

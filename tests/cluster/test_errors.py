@@ -29,7 +29,7 @@ WRONG = {
     "optim.betas=[0.9]": "should have at least 2 items ... not 1; optim.betas=[0.9, 0.95] works",
     "parallel.zero_stage=4": "less than or equal to 3; parallel.zero_stage=0 works",
     "dtype=bfloat": "dtype='bfloat': input should be 'auto', 'float32' or 'bfloat16'; dtype=auto",
-    "model=huge": "model=huge: no such choice; there is qwen2_5_7b, smollm2_135m, ... tiny",
+    "model=huge": "model=huge: no such choice; there is qwen2_5_7b, ... smollm2_135m, ... tiny",
     "launcher=slurm": "launcher=slurm: no such choice; there is env, inline, ray",
     "accelerator.name=npu": "accelerator.name=npu: no cluster/accelerators/npu.py; use cpu",
     "launcher.num_workers=2": "num_workers=2: launcher=inline runs one rank; use launcher=ray",

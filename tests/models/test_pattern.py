@@ -128,7 +128,7 @@ def test_mixers_have_the_shape_of_the_source() -> None:
         head_dim=8,
         gate_rank=16,
         gate_normalizer=1.0,
-        half_life=[32.0, 4096.0],
+        half_life=[0.25, 4096.0],
         feature_map="hedgehog",
         qkv_bias=True,
         qk_norm=True,
@@ -228,7 +228,7 @@ def test_new_tensors_begin_as_documented() -> None:
             assert not gate[1].weight.any()
             assert gate[0].weight.std().item() == pytest.approx(0.1, rel=0.3)
         _, _, _, log_decay = mixer._project(torch.randn(1, 3, 32), None)
-        half_lives = torch.logspace(5, 12, 16, base=2.0).expand(1, 3, 2, 16)
+        half_lives = torch.logspace(-2, 12, 16, base=2.0).expand(1, 3, 2, 16)
         assert_close("half lives", -math.log(2) / log_decay, half_lives, F32)
         assert torch.nn.functional.silu(mixer.g_proj[1].bias).mean().item() == pytest.approx(1.0)
     assert recipes["sinks.weight"].origin == "new"

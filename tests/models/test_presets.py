@@ -89,7 +89,8 @@ def test_kinds_of_mixtures_build_in_a_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiments_compose_and_build(name: str) -> None:
-    config = compose_config(f"experiment={name}")
+    given = ("run.init_from=base", "data.path=text") if name == "spikingbrain_7b" else ()
+    config = compose_config(f"experiment={name}", *given)
     assert len(build_on_meta(config.model).layers) == config.model.num_layers
     assert config.run.name == name
 

@@ -39,7 +39,7 @@ def mix(mixers: ParallelMixers, x: torch.Tensor, num_sinks: int) -> torch.Tensor
     outs = []
     for name, mixer in mixers.named_branches():
         if isinstance(mixer, LinearAttention):
-            q, k, v, log_decay = mixer._project(x)
+            q, k, v, log_decay = mixer._project(x, None)
             out, _ = linear_attention(q, k, v, log_decay, impl="reference")
             out = mixer.g_norm(out)
         else:

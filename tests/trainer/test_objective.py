@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 from helpers.models import TINY, build_model, compose_config
+from helpers.smollm2 import require_smollm2
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from cluster.accelerators import load_accelerator
 from conf.schema import Config, ModelConfig, ObjectiveConfig, SpikeConfig
+from models.io import read_foreign
 from models.teaching import AttentionTransfer, Distillation
 from trainer.checks import check_config
 from trainer.checks_objective import check_objective
@@ -129,17 +131,21 @@ def test_experiment_of_the_7b_composes_in_full_size(tmp_path: Path) -> None:
 
 
 def test_experiment_on_a_laptop_composes_with_stages_put_in_and_left_out() -> None:
+    base = require_smollm2()
     stages = compose_stages(
         "experiment=convert_smollm2", "+stage@stages.sft=sft", "stages.sft.data.path=chats.jsonl",
-        "stages.context_2k=null", "run.init_from=base", "data.tokenizer=bytes",
+        "stages.context_2k=null", "data.tokenizer=bytes",
     )  # fmt: skip
     assert [stage.folder.name for stage in stages] == [
-        "01-convert", "02-transfer", "03-distill", "04-context_1k", "05-sft"
+        "01-teacher", "02-convert", "03-transfer", "04-distill", "05-sft"
     ]  # fmt: skip
     assert [stage.config.run.init_from for stage in stages] == [
-        "base", *(f"runs/chain/{stage.folder.name}" for stage in stages[:-1])
+        base, *(f"runs/chain/{stage.folder.name}" for stage in stages[:-1])
     ]  # fmt: skip
-    check_stages(stages[:-1], compose_config("model=smollm2_135m").model, world_size=1)
+    teacher = stages[0].config.model
+    assert teacher == dataclasses.replace(read_foreign(base).config, num_sinks=1)
+    assert {stage.config.objective.teacher for stage in stages[2:4]} == {"runs/chain/01-teacher"}
+    check_stages(stages[:-1], teacher, world_size=1)
     assert stages[-1].config.data.source == "chat"
 
 

@@ -22,7 +22,7 @@ from parallel.comm import Comm
 from parallel.cost import SequenceCost, Traffic
 from parallel.layout import build_layout
 from parallel.ledger import Ledger
-from parallel.mesh import Mesh, World, init_mesh, read_world
+from parallel.mesh import Mesh, World, close_mesh, init_mesh, read_world
 from parallel.sequence import SequenceContext, attention, delta_rule, linear_attention
 from trainer.accelerator import Accelerator
 from trainer.bench.memory import peak_allocated_bytes, saved_bytes
@@ -123,6 +123,7 @@ def _run_rank(task: Path) -> None:
     torch.set_num_threads(max(1, config.num_threads // world.world_size))
     figures = _measure_cases(config, accelerator, world)
     _results_file(task, world.rank).write_text(json.dumps([asdict(each) for each in figures]))
+    close_mesh()  # while its threads can still be told
 
 
 def _measure_cases(config: BenchConfig, accelerator: Accelerator, world: World) -> list[Figures]:
