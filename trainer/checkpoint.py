@@ -99,6 +99,10 @@ class CheckpointStore:
                 _discard(path.rename(self._path(old, "removed")))
         return final
 
+    def abandon(self, step: int) -> None:
+        """Remove a working folder in which no rank writes any longer (rank 0)."""
+        shutil.rmtree(self._path(step, "tmp"), ignore_errors=True)
+
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints that look complete, oldest first."""
         return sorted(s for s, path in self._folders().items() if (path / _MANIFEST).is_file())

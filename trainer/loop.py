@@ -286,6 +286,8 @@ class Trainer:
             error = raised
         failed = torch.tensor([float(error is not None)], device=self.mesh.device)
         if float(self._sum(failed, "checkpoint")):
+            if self.mesh.rank == 0:  # a rank that failed may have met another's new file
+                self.store.abandon(self.state.step)
             raise error or CheckpointWriteError(
                 "the checkpoint could not be written by another rank, whose log says why; "
                 "earlier ones are intact"
