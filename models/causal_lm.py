@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from ops.cross_entropy import linear_cross_entropy, linear_distillation
 from parallel.pipeline import ModelPart
 from parallel.recompute import Recompute, run_recomputed
 from parallel.sequence import SequenceContext
+
+Entry = TypeVar("Entry")
 
 WHOLE = ModelPart()
 KEEP_ALL = Recompute()
@@ -385,3 +388,10 @@ def seeded(seed: int, name: str) -> Iterator[None]:
 def layer_list(config: ModelConfig) -> list[LayerConfig]:
     """Return the `num_layers` layers: the configured list, repeated in order."""
     return [config.layers[i % len(config.layers)] for i in range(config.num_layers)]
+
+
+def shortest_period(layers: Sequence[Entry]) -> list[Entry]:
+    """Return the shortest list that gives these layers when it is repeated, see `layer_list`."""
+    n = len(layers)
+    lengths = (m for m in range(1, n + 1) if all(layers[i] == layers[i % m] for i in range(n)))
+    return list(layers[: next(lengths, n)])

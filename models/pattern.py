@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 
 from conf.schema import FFNConfig, LayerConfig, ModelConfig, PatternConfig, extension
-from models.causal_lm import layer_list
+from models.causal_lm import layer_list, shortest_period
 from models.convert import ROTARY
 from models.mixers.softmax_attention import SoftmaxAttentionConfig
 
@@ -36,7 +36,7 @@ def remap(model: ModelConfig, pattern: PatternConfig) -> ModelConfig:
     layers = [LayerConfig(mixers=row, ffn=ffn) for row, ffn in zip(rows, ffns, strict=True)]
     return dataclasses.replace(
         model,
-        layers=_shortest(layers),
+        layers=shortest_period(layers),
         mixers=mixers,
         ffns=made,
         num_sinks=model.num_sinks if pattern.num_sinks is None else pattern.num_sinks,
@@ -121,10 +121,3 @@ def _remap_ffns(
             names[i] = f"{name}_moe"
             made[names[i]] = dataclasses.replace(model.ffns[name], moe=pattern.moe)
     return names, {name: made[name] for name in dict.fromkeys(names)}
-
-
-def _shortest(layers: list[LayerConfig]) -> list[LayerConfig]:
-    """Return the shortest list that gives these layers when it is repeated."""
-    n = len(layers)
-    lengths = (m for m in range(1, n + 1) if layers == [layers[i % m] for i in range(n)])
-    return layers[: next(lengths)]

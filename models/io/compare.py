@@ -1,6 +1,5 @@
 """Architectures layer by layer: what they hold, how they repeat, in what two of them differ."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -33,14 +32,6 @@ def differences(config: ModelConfig, other: ModelConfig) -> list[str]:
 def mixer_configs(config: ModelConfig) -> list[list[Any]]:
     """Return the configs of each layer's mixers."""
     return [[config.mixers[name] for name in layer.mixers] for layer in layer_list(config)]
-
-
-def shortest_period(names: Sequence[str]) -> list[str]:
-    """Return the shortest beginning of a list whose repetition gives the list."""
-    for length in range(1, len(names) + 1):
-        if all(name == names[i % length] for i, name in enumerate(names)):
-            return list(names[:length])
-    return list(names)
 
 
 def _layers(config: ModelConfig) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ the published kernels see one token more.
 from typing import Any
 
 from conf.schema import ModelConfig, build
-from models.io.compare import mixer_configs, shortest_period
+from models.causal_lm import shortest_period
+from models.io.compare import mixer_configs
 from models.mixers.softmax_attention import SoftmaxAttentionConfig
 
 MODEL_TYPE = "gla_swa"

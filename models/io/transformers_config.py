@@ -3,7 +3,8 @@
 from typing import Any, NamedTuple
 
 from conf.schema import ModelConfig, RopeScaling, build
-from models.io.compare import mixer_configs, shortest_period
+from models.causal_lm import shortest_period
+from models.io.compare import mixer_configs
 from models.mixers.softmax_attention import SoftmaxAttentionConfig
 
 _SOFTMAX = "models.mixers.softmax_attention.SoftmaxAttentionConfig"

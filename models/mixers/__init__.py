@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from conf.schema import OpsConfig, SpikeConfig
+from conf.schema import OpsConfig, RopeScaling, SpikeConfig
 from models.cache import MixerCache
 from parallel.cost import SequenceCost, Traffic
 from parallel.sequence import SequenceContext
@@ -21,6 +21,25 @@ class MixerConfig(Protocol):
     ) -> "Mixer":
         """Make the module."""
         ...
+
+
+def check_heads(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rope_theta: float | None,
+    rope_scaling: RopeScaling | None,
+) -> None:
+    """Raise ValueError unless heads share keys and values evenly and can be rotated."""
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}; "
+            f"num_kv_heads=1 and {num_heads} do"
+        )
+    if rope_theta is not None and head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} must be even for rotary embedding")
+    if rope_scaling is not None and rope_theta is None:
+        raise ValueError("rope_theta=null leaves nothing to scale; set rope_scaling=null too")
 
 
 class Mixer(nn.Module, ABC):

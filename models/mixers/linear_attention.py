@@ -19,7 +19,7 @@ from conf.schema import STRICT, OpsConfig, PositiveFloat, PositiveInt, RopeScali
 from models.cache import LinearState, MixerCache
 from models.feature_maps import FeatureKind, Hedgehog, feature_dim, fixed_features
 from models.layers import Projection, RMSNorm
-from models.mixers import Mixer
+from models.mixers import Mixer, check_heads
 from models.spiking import Activation, SpikeEncoder
 from ops.linear_attention import linear_attention_step
 from ops.linear_attention.torch_impl import CHUNK_SIZE
@@ -68,15 +68,9 @@ class LinearAttentionConfig:
 
     def __post_init__(self) -> None:
         self._check_gate()
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}; "
-                f"num_kv_heads=1 and {self.num_heads} do"
-            )
-        if self.rope_theta is not None and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even for rotary embedding")
-        if self.rope_scaling is not None and self.rope_theta is None:
-            raise ValueError("rope_theta=null leaves nothing to scale; set rope_scaling=null too")
+        check_heads(
+            self.num_heads, self.num_kv_heads, self.head_dim, self.rope_theta, self.rope_scaling
+        )
         if self.normalize == "sum" and self.feature_map == "none":
             raise ValueError(
                 "normalize=sum divides by a sum that feature_map=none lets be 0; feature_map=relu "

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from conf.schema import STRICT, OpsConfig, PositiveFloat, PositiveInt, RopeScaling, SpikeConfig
 from models.cache import KeyValueCache, KeyValueScales, MixerCache
 from models.layers import Projection, RMSNorm
-from models.mixers import Mixer
+from models.mixers import Mixer, check_heads
 from models.spiking import SpikeEncoder
 from ops.rotary import rotary, rotary_table
 from parallel.cost import SequenceCost, Traffic
@@ -34,15 +34,9 @@ class SoftmaxAttentionConfig:
     """Whether each head's query and key are normalised (RMSNorm) before the rotary embedding."""
 
     def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}; "
-                f"num_kv_heads=1 and {self.num_heads} do"
-            )
-        if self.rope_theta is not None and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even for rotary embedding")
-        if self.rope_scaling is not None and self.rope_theta is None:
-            raise ValueError("rope_theta=null leaves nothing to scale; set rope_scaling=null too")
+        check_heads(
+            self.num_heads, self.num_kv_heads, self.head_dim, self.rope_theta, self.rope_scaling
+        )
 
     def build(
         self, hidden_size: int, norm_eps: float, spike: SpikeConfig, ops: OpsConfig
