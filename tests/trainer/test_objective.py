@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.models import TINY, build_model, compose_config
 from helpers.smollm2 import require_smollm2
 from hydra import compose, initialize_config_module
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 
 from cluster.accelerators import load_accelerator
 from conf.schema import Config, ModelConfig, ObjectiveConfig, SpikeConfig
+from models.causal_lm import CausalLM
 from models.io import read_foreign
 from models.teaching import AttentionTransfer, Distillation
 from trainer.checks import check_config
@@ -133,11 +135,12 @@ def test_experiment_of_the_7b_composes_in_full_size(tmp_path: Path) -> None:
 def test_experiment_on_a_laptop_composes_with_stages_put_in_and_left_out() -> None:
     base = require_smollm2()
     stages = compose_stages(
-        "experiment=convert_smollm2", "+stage@stages.sft=sft", "stages.sft.data.path=chats.jsonl",
-        "stages.context_2k=null", "data.tokenizer=bytes",
+        "experiment=convert_smollm2", "+stage@stages.spike=spike",
+        "stages.spike.objective.teacher=distill", "+stage@stages.sft=sft",
+        "stages.sft.data.path=chats.jsonl", "stages.context_2k=null", "data.tokenizer=bytes",
     )  # fmt: skip
     assert [stage.folder.name for stage in stages] == [
-        "01-teacher", "02-convert", "03-transfer", "04-distill", "05-sft"
+        "01-teacher", "02-convert", "03-transfer", "04-distill", "05-spike", "06-sft"
     ]  # fmt: skip
     assert [stage.config.run.init_from for stage in stages] == [
         base, *(f"runs/chain/{stage.folder.name}" for stage in stages[:-1])
@@ -145,8 +148,13 @@ def test_experiment_on_a_laptop_composes_with_stages_put_in_and_left_out() -> No
     teacher = stages[0].config.model
     assert teacher == dataclasses.replace(read_foreign(base).config, num_sinks=1)
     assert {stage.config.objective.teacher for stage in stages[2:4]} == {"runs/chain/01-teacher"}
-    check_stages(stages[:-1], teacher, world_size=1)
+    check_stages(stages[:-2], teacher, world_size=1)
+    spiking = stages[-2].config
+    with torch.device("meta"):
+        CausalLM(spiking.model, spiking.spike, spiking.ops)  # refuses patterns without a match
+    assert spiking.objective.teacher == "runs/chain/04-distill"
     assert stages[-1].config.data.source == "chat"
+    assert not stages[-1].config.spike.enabled
 
 
 def test_names_of_earlier_stages_stand_for_their_runs() -> None:
