@@ -17,7 +17,7 @@ from trainer.accelerator import Accelerator
 from trainer.checkpoint import CheckpointWriteError, resolve
 from trainer.checks import check_config
 from trainer.data import open_data
-from trainer.run_dir import FINISHED, open_folder, open_run_dir, save_tree
+from trainer.run_dir import FINISHED, TOKENIZER, open_folder, open_run_dir, save_tree
 from trainer.stages import (
     Stage,
     check_unchanged,
@@ -55,14 +55,16 @@ def train_stages(tree: dict[str, Any]) -> int:
         )
     with TemporaryDirectory() as scratch:
         folder = Path(tree["run"]["dir"] or f"{scratch}/run")
-        _check_stages(plan_stages(_with_tokenizer(tree, Path(scratch)), folder))
+        tokenizer = folder / TOKENIZER
+        place = tokenizer if tokenizer.exists() else Path(scratch)
+        _check_stages(plan_stages(_with_tokenizer(tree, place), folder))
     if not is_env or read_world().rank == 0:
         run_dir, _lock = open_folder(tree)
         save_tree(tree | {"run": tree["run"] | {"dir": str(run_dir)}}, run_dir)
         logger.info("run directory: %s", run_dir)
     else:
         run_dir = Path(tree["run"]["dir"])
-    stages = plan_stages(_with_tokenizer(tree, run_dir / "tokenizer"), run_dir)
+    stages = plan_stages(_with_tokenizer(tree, run_dir / TOKENIZER), run_dir)
     try:
         return _run_stages(stages, run_dir)
     finally:

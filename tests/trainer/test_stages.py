@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.runs import Faults, Run, column, read_metrics, run, run_ranks, tiny
+from helpers.smollm2 import require_smollm2
 
 from cluster.cli import run as run_here
 from trainer.checkpoint import load_state, load_tensors
@@ -143,6 +144,15 @@ def test_chain_that_is_done_or_wrong_starts_nothing(
         assert message in capsys.readouterr().err
     after = {path: path.stat().st_mtime_ns for path in (folder / "chain").rglob("*.safetensors")}
     assert before == after
+
+
+def test_chain_goes_on_with_the_tokenizer_of_an_imported_model(tmp_path: Path) -> None:
+    arguments = tiny(
+        tmp_path, BASE, f"data.tokenizer={require_smollm2()}", "model.vocab_size=49152",
+        "run.dir=chain", "+stages.first={run:{steps:2}}",
+    )  # fmt: skip
+    run(arguments, tmp_path)
+    assert "stage 1 of 1, first: done before" in run(arguments, tmp_path)
 
 
 def test_two_ranks_in_other_layouts_learn_the_same_and_send_what_is_predicted(folder: Path) -> None:
